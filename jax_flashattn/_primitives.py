@@ -1,0 +1,191 @@
+"""The primitives: types, batching and lowering of forward, tangent and backward.
+
+Operands are `q [B, T, N, H]`, `k [B, S, K, H]`, `v [B, S, K, Hv]` and then the optional arrays that
+`spec.aux` names. `tangent_p` is the linear map from input to output tangents; it exists to be
+transposed into `bwd_p` and can't be evaluated.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jax_flashattn import _native, _reference
+from jax_flashattn._sharding import partition_attributes, result_aval
+from jax_flashattn._spec import AUX_NAMES, AttentionSpec, Dims, UnsupportedError
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+
+FORWARD_MODE_ADVICE = (
+    "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
+    "(jax.hessian, grad of grad) are not defined for the attention kernels; use reverse mode "
+    "(jax.grad, jax.vjp) or implementation='xla', which differentiates in any mode and order"
+)
+
+fwd_p = Primitive("flash_attention_fwd")
+tangent_p = Primitive("flash_attention_tangent")
+bwd_p = Primitive("flash_attention_bwd")
+for _p in (fwd_p, tangent_p, bwd_p):
+    _p.multiple_results = True
+    _p.def_impl(partial(xla.apply_primitive, _p))
+
+
+# Types.
+
+
+def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
+    d = Dims.of(q, k, v)
+    return [
+        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
+        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
+    ]
+
+
+def _tangent_abstract(q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec) -> list[Any]:
+    return _fwd_abstract(q, k, v, spec=spec)
+
+
+def _bwd_abstract(
+    q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool
+) -> list[Any]:
+    return [result_aval(x, x.shape, range(4), x.dtype) for x in (q, k, v)]
+
+
+fwd_p.def_abstract_eval(_fwd_abstract)
+tangent_p.def_abstract_eval(_tangent_abstract)
+bwd_p.def_abstract_eval(_bwd_abstract)
+
+
+# Batching: a mapped axis becomes part of B, or of the heads when only the queries are mapped.
+
+
+def _fold_into_batch(x: jax.Array, dim: int | None, size: int) -> jax.Array:
+    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    return x.reshape(size * x.shape[1], *x.shape[2:])
+
+
+def _mapped_size(args: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+
+
+def _batch(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
+    dims = [d if isinstance(d, int) else None for d in dims]
+    size = _mapped_size(args, dims)
+    folded = [_fold_into_batch(x, d, size) for x, d in zip(args, dims, strict=True)]
+    results = primitive.bind(*folded, **params)
+    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results], [0] * len(results)
+
+
+def _batch_fwd(args: Sequence[Any], dims: Sequence[Any], *, spec: AttentionSpec) -> Any:
+    if not isinstance(dims[0], int) or any(isinstance(d, int) for d in dims[1:]):
+        return _batch(fwd_p, args, dims, spec=spec)
+    # Only the queries are mapped: more query heads per key head, so that k and v aren't copied.
+    q = jnp.moveaxis(args[0], dims[0], 3)  # [B, T, N, X, H]
+    B, T, N, X, H = q.shape
+    out, lse = fwd_p.bind(q.reshape(B, T, N * X, H), *args[1:], spec=spec)
+    return [out.reshape(B, T, N, X, out.shape[-1]), lse.reshape(B, N, X, T)], [3, 2]
+
+
+batching.primitive_batchers[fwd_p] = _batch_fwd
+batching.primitive_batchers[tangent_p] = partial(_batch, tangent_p)
+batching.primitive_batchers[bwd_p] = partial(_batch, bwd_p)
+
+
+# Differentiation that isn't defined.
+
+
+def _no_forward_mode(*args: Any, **params: Any) -> Any:
+    raise UnsupportedError(FORWARD_MODE_ADVICE)
+
+
+tangent_p.def_impl(_no_forward_mode)
+mlir.register_lowering(tangent_p, _no_forward_mode)
+ad.primitive_jvps[tangent_p] = _no_forward_mode
+ad.primitive_jvps[bwd_p] = _no_forward_mode
+
+
+# Lowering, dense: platforms without kernels.
+
+
+def _with_aux(spec: AttentionSpec, aux: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    return dict(zip(spec.aux, aux, strict=True))
+
+
+def _fwd_dense(
+    q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
+) -> tuple[jax.Array, jax.Array]:
+    return _reference.attention(spec, q, k, v, _with_aux(spec, aux))
+
+
+def _bwd_dense(*operands: jax.Array, spec: AttentionSpec, has_dlse: bool) -> Any:
+    q, k, v, _, lse, dout, *rest = operands
+    dlse = rest.pop(0) if has_dlse else jnp.zeros_like(lse)
+    aux = _with_aux(spec, rest)
+    _, vjp = jax.vjp(lambda q, k, v: _reference.attention(spec, q, k, v, aux), q, k, v)
+    return vjp((dout, dlse))
+
+
+def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
+    named = params["spec"].implementation
+    if named is not None:
+        platforms = ctx.platforms or ctx.module_context.platforms
+        raise UnsupportedError(
+            f"implementation={named!r} has no kernel for platform {'/'.join(platforms)}; "
+            "leave implementation out for that platform's own choice, or name 'xla'"
+        )
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
+
+
+mlir.register_lowering(fwd_p, partial(_lower_dense, _fwd_dense))
+mlir.register_lowering(bwd_p, partial(_lower_dense, _bwd_dense))
+
+
+# Lowering, CPU kernels.
+
+
+def _attributes(spec: AttentionSpec) -> dict[str, Any]:
+    # Every scalar in its numpy type: a Python int or float would arrive at a width of JAX's choice.
+    return {
+        "scale": np.float32(spec.scale),
+        "is_causal": np.bool_(spec.is_causal),
+        "query_offset": np.int64(spec.query_offset),
+        **{f"has_{name}": np.bool_(name in spec.aux) for name in AUX_NAMES},
+    }
+
+
+def _axes(d: Dims) -> dict[str, int]:
+    return {"b": d.B, "t": d.T, "s": d.S, "n": d.N, "k": d.K, "h": d.H, "d": d.Hv}
+
+
+def _fwd_cpu(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
+    sizes = _axes(Dims.of(*ctx.avals_in[:3]))
+    partition = partition_attributes(
+        ["btnh", "bskh", "bskd", *("b" for _ in spec.aux)], ["btnd", "bnt"], sizes, 1
+    )
+    lower = jax.ffi.ffi_lowering(FWD_TARGET, extra_attributes=partition)
+    return lower(ctx, *operands, **_attributes(spec))
+
+
+def _bwd_cpu(ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool) -> Any:
+    d = Dims.of(*ctx.avals_in[:3])
+    scratch = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H)
+    partition = partition_attributes(
+        ["btnh", "bskh", "bskd", "btnd", "bnt", "btnd", *(("bnt",) * has_dlse)]
+        + ["b" for _ in spec.aux],
+        ["btnh", "bskh", "bskd", "bx"],
+        {**_axes(d), "x": scratch},
+        1,
+    )
+    q = ctx.avals_in[0]
+    scratch_aval = result_aval(q, (d.B, scratch), (0, None), jnp.float32)
+    lower = jax.ffi.ffi_lowering(BWD_TARGET, extra_attributes=partition)
+    ctx = ctx.replace(avals_out=[*ctx.avals_out, scratch_aval])
+    return lower(ctx, *operands, **_attributes(spec), has_dlse=np.bool_(has_dlse))[:3]
+
+
+mlir.register_lowering(fwd_p, _fwd_cpu, platform="cpu")
+mlir.register_lowering(bwd_p, _bwd_cpu, platform="cpu")

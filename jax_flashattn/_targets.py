@@ -1,0 +1,46 @@
+"""The compiled module: its version check and its FFI targets.
+
+Importing this touches no device: XLA takes the registered targets when a backend starts.
+"""
+
+import importlib.metadata
+import pathlib
+import re
+
+import jax
+
+from jax_flashattn import _native
+
+# The version in the name is that of the operands and attributes: exported programs and XLA's
+# persistent cache refer to it, so a changed meaning needs a new name beside the old one.
+FWD_TARGET = "jfa_fwd_v1"
+BWD_TARGET = "jfa_bwd_v1"
+
+
+def _check_ffi_version() -> None:
+    """Raises ImportError where this jaxlib would refuse our handlers.
+
+    Without it the refusal surfaces at the first JAX operation, as a backend that can't start.
+    """
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    runtime = tuple(
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header).group(1))  # type: ignore
+        for part in ("MAJOR", "MINOR")
+    )
+    built = tuple(_native.ffi_api_version())
+    if built > runtime:
+        raise ImportError(
+            f"jax_flashattn was built against XLA FFI {built[0]}.{built[1]}, but the installed "
+            f"jaxlib {importlib.metadata.version('jaxlib')} has {runtime[0]}.{runtime[1]}; upgrade jax and jaxlib, "
+            "or rebuild jax_flashattn against this jaxlib"
+        )
+
+
+def _register() -> None:
+    for name, handler in _native.cpu_handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        jax.ffi.register_ffi_target_as_batch_partitionable(name)
+
+
+_check_ffi_version()
+_register()

@@ -1,0 +1,53 @@
+"""Settings that hold for every test; JAX must see them before its first use."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        jax.config.update("jax_platforms", "cpu")
+    # What passes under these passes for users who set them.
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def run_python():
+    """Runs a script in a fresh interpreter that can import from tests/; returns its output."""
+
+    def run(script: str, **environment: str) -> str:
+        here = pathlib.Path(__file__).parent
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            # Not the repository's root, where the package lies without its compiled module.
+            cwd=here,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
+
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("default")

@@ -1,0 +1,81 @@
+"""The FFI handlers refuse what Python would never send, and never crash on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flashattn  # noqa: F401 (registers the targets)
+
+ATTRIBUTES = dict(
+    scale=np.float32(1),
+    is_causal=np.bool_(False),
+    query_offset=np.int64(0),
+    has_query_offset=np.bool_(False),
+    has_q_lengths=np.bool_(False),
+    has_kv_lengths=np.bool_(False),
+)
+Q, K, V = (jnp.zeros(s) for s in ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)))
+OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
+
+
+def forward(*operands, out=OUT, lse=LSE, out_dtype=jnp.float32, **attributes):
+    results = (jax.ShapeDtypeStruct(out, out_dtype), jax.ShapeDtypeStruct(lse, jnp.float32))
+    return jax.ffi.ffi_call("jfa_fwd_v1", results)(*operands, **{**ATTRIBUTES, **attributes})
+
+
+def test_valid_call():
+    out, lse = forward(Q, K, V)
+    np.testing.assert_allclose(lse, np.full(LSE, np.log(7)), rtol=1e-6)
+    np.testing.assert_array_equal(out, np.zeros(OUT))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: forward(Q, K), "operand v is missing"),
+        (lambda: forward(Q, K, V, V), "expected 3 operands, got 4"),
+        (lambda: forward(Q[0], K, V), "q must have 4 axes, got 3"),
+        (
+            lambda: forward(Q, K[:, :, :1], V),
+            r"v must be float32\[2, 7, 1, 6\], got float32\[2, 7, 2, 6\]",
+        ),
+        (lambda: forward(Q[:, :, :3], K, V), "must be a multiple of the heads of k, got 3 and 2"),
+        (lambda: forward(Q, K.astype(jnp.bfloat16), V), r"k must be float32\[.*got bfloat16"),
+        (
+            lambda: forward(Q.astype(jnp.int32), K, V),
+            "q must be float32, bfloat16 or float16, got int32",
+        ),
+        (lambda: forward(Q, K, V, out=(2, 5, 4, 8)), r"out must be float32\[2, 5, 4, 6\]"),
+        (lambda: forward(Q, K, V, lse=(2, 5, 4)), r"lse must be float32\[2, 4, 5\]"),
+        (lambda: forward(Q, K, V, scale=np.float32(-1)), "scale must be positive"),
+        (lambda: forward(Q, K, V, has_q_lengths=np.bool_(True)), "operand q_lengths is missing"),
+        (
+            lambda: forward(Q, K, V, jnp.zeros(3, jnp.int32), has_q_lengths=np.bool_(True)),
+            r"q_lengths must be int32\[2\], got int32\[3\]",
+        ),
+        (
+            lambda: forward(Q, K, V, jnp.zeros(2), has_kv_lengths=np.bool_(True)),
+            r"kv_lengths must be int32\[2\], got float32\[2\]",
+        ),
+        (lambda: forward(Q, K, V, extra=np.int32(1)), "number of attributes"),
+        (lambda: forward(Q, K, V, query_offset=np.int32(0)), "Wrong scalar data type"),
+    ],
+)
+def test_bad_forward(call, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call())
+
+
+def test_bad_backward():
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (Q, K, V)]
+    scratch = jax.ShapeDtypeStruct((2, 1), jnp.float32)
+    out, lse = jnp.zeros(OUT), jnp.zeros(LSE)
+    attributes = {**ATTRIBUTES, "has_dlse": np.bool_(False)}
+    call = jax.ffi.ffi_call("jfa_bwd_v1", (*results, scratch))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"scratch must be float32\[2, "):
+        jax.block_until_ready(call(Q, K, V, out, lse, out, **attributes))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="operand dout is missing"):
+        jax.block_until_ready(call(Q, K, V, out, lse, **attributes))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"lse must be float32\[2, 4, 5\]"):
+        jax.block_until_ready(call(Q, K, V, out, out, out, **attributes))

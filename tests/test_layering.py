@@ -1,0 +1,57 @@
+"""Who may include or import whom: data flows one way, and a file has one job."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Each Python module and the modules of the package that it may import.
+PYTHON = {
+    "__init__": {"_api", "_spec"},
+    "__main__": {"_bench", "_native"},
+    "_bench": {"_api", "_native"},
+    "_api": {"_spec", "_vjp", "_reference"},
+    "_vjp": {"_spec", "_primitives", "_sharding"},
+    "_primitives": {"_spec", "_sharding", "_native", "_targets", "_reference"},
+    "_targets": {"_native"},
+    "_reference": {"_spec"},
+    "_sharding": set(),
+    "_spec": set(),
+}
+
+
+def imports(source: str) -> set[str]:
+    found = set(re.findall(r"from jax_flashattn\.(\w+) import", source))
+    for names in re.findall(r"from jax_flashattn import (.+)", source):
+        found |= {name.strip() for name in names.split(",")}
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jax_flashattn").glob("*.py")), ids=lambda p: p.stem
+)
+def test_python(path):
+    assert imports(path.read_text()) <= PYTHON[path.stem]
+
+
+def sources(*suffixes: str) -> list[pathlib.Path]:
+    return sorted(p for p in (ROOT / "cc").rglob("*") if p.suffix in suffixes)
+
+
+def test_only_handlers_know_xla_and_only_the_module_knows_python():
+    for path in sources(".cc", ".h"):
+        name = str(path.relative_to(ROOT / "cc"))
+        text = path.read_text()
+        if '"xla/' in text:
+            assert re.fullmatch(r"module\.cc|(cpu/)?handlers\.(h|cc)", name), name
+        if "nanobind/" in text:
+            assert name == "module.cc", name
+
+
+def test_files_are_short():
+    files = [*sources(".cc", ".h", ".cuh"), *(ROOT / "jax_flashattn").glob("*.py")]
+    files += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    for path in files:
+        assert len(path.read_text().splitlines()) <= 600, path
