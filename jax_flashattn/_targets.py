@@ -31,8 +31,8 @@ def _check_ffi_version() -> None:
     if built > runtime:
         raise ImportError(
             f"jax_flashattn was built against XLA FFI {built[0]}.{built[1]}, but the installed "
-            f"jaxlib {importlib.metadata.version('jaxlib')} has {runtime[0]}.{runtime[1]}; upgrade jax and jaxlib, "
-            "or rebuild jax_flashattn against this jaxlib"
+            f"jaxlib {importlib.metadata.version('jaxlib')} has {runtime[0]}.{runtime[1]}; "
+            "upgrade jax and jaxlib, or rebuild jax_flashattn against this jaxlib"
         )
 
 

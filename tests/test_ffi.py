@@ -59,7 +59,6 @@ def test_valid_call():
             r"kv_lengths must be int32\[2\], got float32\[2\]",
         ),
         (lambda: forward(Q, K, V, extra=np.int32(1)), "number of attributes"),
-        (lambda: forward(Q, K, V, query_offset=np.int32(0)), "Wrong scalar data type"),
     ],
 )
 def test_bad_forward(call, message):
