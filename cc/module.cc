@@ -1,11 +1,20 @@
 // The Python module `_native`: FFI handlers as capsules, and plain functions. No logic of its own.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "cc/cpu/attention.h"
 #include "cc/cpu/handlers.h"
+#include "cc/driver.h"
+#include "cc/handlers.h"
+#include "cc/jit.h"
+#include "cc/plan.h"
+#include "cc/status.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -23,10 +32,150 @@ nb::dict CpuHandlers() {
   return handlers;
 }
 
+nb::dict Stages(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* initialize,
+                XLA_FFI_Handler* execute) {
+  nb::dict stages;
+  stages["instantiate"] = Capsule(instantiate);
+  stages["initialize"] = Capsule(initialize);
+  stages["execute"] = Capsule(execute);
+  return stages;
+}
+
+nb::dict CudaHandlers() {
+  nb::dict handlers;
+  handlers["jfa_fwd_v1"] =
+      Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
+  handlers["jfa_bwd_v1"] =
+      Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
+  return handlers;
+}
+
+nb::dict CudaStateType() {
+  nb::dict type;
+  type["type_id"] = nb::capsule(jfa::CudaStateTypeId());
+  type["type_info"] = nb::capsule(jfa::CudaStateTypeInfo());
+  return type;
+}
+
+// A Python RuntimeError with the status' message; it is the only way errors leave this file.
+void Raise(const jfa::Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message());
+}
+
+// What changes code, as Python spells it: op "fwd" or "bwd", dtype "float16" or "bfloat16".
+jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head_dim,
+                       int head_dim_v, bool is_causal, bool deterministic) {
+  return {op == "bwd" ? jfa::Op::kBwd : jfa::Op::kFwd,
+          dtype == "float16" ? jfa::DType::kF16 : jfa::DType::kBF16,
+          head_dim,
+          head_dim_v,
+          is_causal ? jfa::Mask::kCausal : jfa::Mask::kFull,
+          deterministic};
+}
+
+nb::dict ToDict(const jfa::jit::Result& result) {
+  const jfa::jit::CompiledKernel& kernel = *result.kernel;
+  nb::dict dict;
+  dict["symbol"] = kernel.symbol;
+  dict["key"] = kernel.key;
+  dict["arch"] = kernel.arch_name;
+  dict["origin"] = jfa::jit::OriginName(result.origin);
+  dict["registers"] = kernel.resources.registers;
+  dict["local_bytes"] = kernel.resources.local_bytes;
+  dict["spill_bytes"] = kernel.resources.spill_bytes;
+  dict["cubin"] = nb::bytes(kernel.cubin.data(), kernel.cubin.size());
+  return dict;
+}
+
+nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
+                 bool is_causal, bool deterministic, int arch) {
+  const jfa::Plan plan = jfa::MakePlan(
+      ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch);
+  nb::dict dict;
+  nb::list kernels;
+  for (const jfa::KernelSpec& kernel : plan.kernels) {
+    nb::dict config;
+    for (const auto& [name, value] : kernel.config) config[name.c_str()] = value;
+    nb::dict row;
+    row["symbol"] = kernel.symbol;
+    row["file"] = kernel.file;
+    row["config"] = config;
+    row["threads"] = kernel.threads;
+    row["smem_bytes"] = kernel.smem_bytes;
+    kernels.append(row);
+  }
+  dict["arch"] = jfa::ArchName(arch);
+  dict["kernels"] = kernels;
+  dict["error"] = plan.error;
+  return dict;
+}
+
+nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
+              bool is_causal, bool deterministic, int arch) {
+  std::vector<jfa::jit::Result> results;
+  {
+    nb::gil_scoped_release release;
+    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic),
+                         arch, &results));
+  }
+  nb::list list;
+  for (const auto& result : results) list.append(ToDict(result));
+  return list;
+}
+
+nb::dict CompileSource(const std::string& symbol, const std::string& source,
+                       const std::string& arch_name) {
+  jfa::jit::Result result;
+  {
+    nb::gil_scoped_release release;
+    Raise(jfa::jit::GetOrCompileSource(symbol, source, arch_name, &result));
+  }
+  return ToDict(result);
+}
+
+nb::dict JitStats() {
+  const jfa::jit::JitStats stats = jfa::jit::Stats();
+  nb::dict dict;
+  dict["compiles"] = stats.compiles;
+  dict["compile_failures"] = stats.compile_failures;
+  dict["disk_hits"] = stats.disk_hits;
+  dict["memory_hits"] = stats.memory_hits;
+  dict["store_failures"] = stats.store_failures;
+  dict["compile_ms"] = stats.compile_ms;
+  dict["disk_ms"] = stats.disk_ms;
+  dict["key_ms"] = stats.key_ms;
+  return dict;
+}
+
+nb::dict CudaDevices() {
+  std::vector<jfa::driver::DeviceInfo> devices;
+  int driver_version = 0;
+  Raise(jfa::driver::ListDevices(&devices, &driver_version));
+  nb::list list;
+  for (const auto& device : devices) {
+    nb::dict row;
+    row["ordinal"] = device.ordinal;
+    row["name"] = device.name;
+    row["arch"] = jfa::ArchName(device.arch);
+    list.append(row);
+  }
+  nb::dict dict;
+  dict["devices"] = list;
+  dict["driver_version"] = driver_version;
+  return dict;
+}
+
+std::string NvrtcVersion() {
+  const jfa::driver::Nvrtc* nvrtc = nullptr;
+  Raise(jfa::driver::GetNvrtc(&nvrtc));
+  return nvrtc->VersionText();
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+
   m.def("cpu_handlers", &CpuHandlers);
   m.def("cpu_isa", &jfa::cpu::Isa);
   m.def(
@@ -35,4 +184,31 @@ NB_MODULE(_native, m) {
         return jfa::cpu::BwdScratchFloats(1, q_len, num_heads, num_kv_heads, head_dim);
       },
       nb::arg("q_len"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"));
+
+  m.def("cuda_handlers", &CudaHandlers);
+  m.def("cuda_state_type", &CudaStateType);
+  m.def("cuda_devices", &CudaDevices);
+  m.def(
+      "cuda_scratch_floats",
+      [](const std::string& dtype, int head_dim, int head_dim_v, bool is_causal,
+         bool deterministic, int64_t group, int64_t q_len, int64_t kv_len) {
+        return jfa::ScratchFloats(
+            ToVariant("bwd", dtype, head_dim, head_dim_v, is_causal, deterministic), group, q_len,
+            kv_len);
+      },
+      nb::arg("dtype"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("is_causal"),
+      nb::arg("deterministic"), nb::arg("group"), nb::arg("q_len"), nb::arg("kv_len"));
+  m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
+        nb::arg("head_dim_v"), nb::arg("is_causal"), nb::arg("deterministic"), nb::arg("arch"));
+  m.def("cuda_warm", &Warm, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
+        nb::arg("head_dim_v"), nb::arg("is_causal"), nb::arg("deterministic"), nb::arg("arch"));
+
+  m.def("jit_compile_source", &CompileSource, nb::arg("symbol"), nb::arg("source"),
+        nb::arg("arch_name"));
+  m.def("jit_stats", &JitStats);
+  m.def("jit_clear_memory", &jfa::jit::ClearMemory);
+  m.def("jit_cache_dir", &jfa::jit::CacheDir);
+  m.def("nvrtc_version", &NvrtcVersion);
+  m.def("set_nvrtc_search_paths", &jfa::driver::SetNvrtcSearchPaths, nb::arg("directories"));
+  m.def("kernel_sources_sha256", &jfa::jit::KernelSourcesSha256);
 }

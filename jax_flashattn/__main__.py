@@ -1,34 +1,138 @@
-"""`python -m jax_flashattn`: what is installed here, and how fast it is."""
+"""`python -m jax_flashattn`: what is installed here, how fast it is, and the kernel cache."""
 
 import argparse
+import concurrent.futures
+import itertools
 import pathlib
+import shutil
+import sys
 
 import jax
 
 import jax_flashattn
-from jax_flashattn import _bench, _native
+from jax_flashattn import _bench, _bench_cuda, _native
 
 
-def _info() -> None:
+def _info(args: argparse.Namespace) -> None:
     print(f"jax_flashattn {jax_flashattn.__version__}, jax {jax.__version__}")
     print("XLA FFI {}.{} (built against)".format(*_native.ffi_api_version()))
     print(f"CPU kernels: {_native.cpu_isa()}")
-    print("devices: " + ", ".join(str(device) for device in jax.devices()))
+    try:
+        cuda = _native.cuda_devices()
+        print(
+            f"CUDA driver: {cuda['driver_version'] // 1000}.{cuda['driver_version'] % 1000 // 10}"
+        )
+        for device in cuda["devices"]:
+            print(f"GPU {device['ordinal']}: {device['name']}, {device['arch']}")
+    except RuntimeError as error:
+        print(f"CUDA driver: none ({error})")
+    try:
+        print(f"NVRTC: {_native.nvrtc_version()}")
+    except RuntimeError as error:
+        print(f"NVRTC: none ({error})")
+    print(f"kernel sources: source_sha256 {_native.kernel_sources_sha256()}")
+    _print_cache()
+
+
+def _entries() -> list[pathlib.Path]:
+    directory = pathlib.Path(_native.jit_cache_dir() or "/nonexistent")
+    return sorted(directory.glob("*.jfa")) if directory.is_dir() else []
+
+
+def _print_cache() -> None:
+    entries = _entries()
+    size = sum(path.stat().st_size for path in entries) / 2**20
+    print(f"kernel cache: {_native.jit_cache_dir()}, {len(entries)} kernels, {size:.1f} MiB")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    if args.action == "list":
+        for path in _entries():
+            print(f"{path.stat().st_size:>9} {path.name}")
+    elif args.action == "clear":
+        for path in _entries():
+            path.unlink(missing_ok=True)
+    _print_cache()
+
+
+def _arch_of_device() -> list[int]:
+    names = {device["arch"] for device in _native.cuda_devices()["devices"]}
+    return sorted(int(name.removeprefix("sm_").rstrip("af")) for name in names)
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    try:
+        archs = args.arch or _arch_of_device()
+    except RuntimeError as error:
+        sys.exit(f"no GPU to compile for ({error}); name one with --arch, as 80 or 90")
+    jobs = list(
+        itertools.product(
+            args.op, args.dtype, args.head_dim, args.causal, args.deterministic, archs
+        )
+    )
+
+    def compile_one(job: tuple[str, str, tuple[int, int], bool, bool, int]) -> int:
+        op, dtype, (head_dim, head_dim_v), is_causal, deterministic, arch = job
+        return len(
+            _native.cuda_warm(op, dtype, head_dim, head_dim_v, is_causal, deterministic, arch)
+        )
+
+    width = max(10, shutil.get_terminal_size().columns - 40)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for done, _ in enumerate(pool.map(compile_one, jobs), 1):
+            bar = "#" * (width * done // len(jobs))
+            print(f"\r[{bar:<{width}}] {done}/{len(jobs)} variants", end="", flush=True)
+    stats = _native.jit_stats()
+    print(f"\n{stats['compiles']} compiled, {stats['disk_hits']} were there")
+    _print_cache()
+
+
+def _bench_command(args: argparse.Namespace) -> None:
+    if args.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        _bench.run(args.output)
+    else:
+        _bench_cuda.run(args.output)
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    head_dim, _, head_dim_v = text.partition(":")
+    return int(head_dim), int(head_dim_v or head_dim)
 
 
 def main() -> None:
     """Parses the command line and runs the command."""
     parser = argparse.ArgumentParser(prog="python -m jax_flashattn", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, kernels and devices")
-    bench = commands.add_parser("bench", help="speed and memory beside jax.nn, on this CPU")
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("info", help="versions, devices, kernels, cache").set_defaults(run=_info)
+
+    cache = commands.add_parser("cache", help="the compiled CUDA kernels on disk")
+    cache.add_argument("action", choices=["list", "size", "clear"])
+    cache.set_defaults(run=_cache)
+
+    warmup = commands.add_parser("warmup", help="compile CUDA kernels ahead of their first call")
+    warmup.add_argument("--op", nargs="+", choices=["fwd", "bwd"], default=["fwd", "bwd"])
+    dtypes = ["bfloat16", "float16"]
+    warmup.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes[:1])
+    warmup.add_argument(
+        "--head-dim", nargs="+", type=_head_dims, default=[(64, 64), (128, 128)], metavar="H[:Hv]"
+    )
+    flags = {"yes": [True], "no": [False], "both": [False, True]}
+    for name, default in (("causal", "both"), ("deterministic", "no")):
+        warmup.add_argument(
+            f"--{name}", type=flags.__getitem__, default=flags[default], metavar="yes|no|both"
+        )
+    warmup.add_argument("--arch", nargs="+", type=int, help="such as 80 90; default: the GPUs here")
+    warmup.add_argument("--jobs", type=int, default=None, help="how many at once")
+    warmup.set_defaults(run=_warmup)
+
+    bench = commands.add_parser("bench", help="speed beside jax.nn and what else is installed")
+    bench.add_argument("--platform", choices=["cpu", "cuda"], default="cpu")
     bench.add_argument("--output", type=pathlib.Path, help="also write the results here, as JSON")
+    bench.set_defaults(run=_bench_command)
+
     args = parser.parse_args()
-    if args.command == "info":
-        _info()
-    else:
-        jax.config.update("jax_platforms", "cpu")
-        _bench.run(args.output)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jax_flashattn import _reference, _spec, _vjp
 from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
 
-Implementation = Literal["cpu", "xla"]
+Implementation = Literal["cuda", "cpu", "xla"]
 
 
 @overload
@@ -27,6 +27,7 @@ def attention(
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -45,6 +46,7 @@ def attention(
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
+    deterministic: bool = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -62,6 +64,7 @@ def attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     implementation: Implementation | None = None,
     bias: None = None,
     mask: None = None,
@@ -99,8 +102,10 @@ def attention(
       key_value_seq_lengths: int array `[B]` (or one value): keys from there on are padding, hidden
         whatever they hold. Clamped to [0, S].
       return_lse: also return the log-sum-exp of each query's logits.
-      implementation: None for the platform's own kernels; `'cpu'`, or `'xla'` (dense: memory grows
-        with T * S, any differentiation). A named one is never replaced by another.
+      deterministic: gradients are bitwise repeatable. On a GPU that costs time; on a CPU and in the
+        forward pass, it is always so.
+      implementation: None for the platform's own kernels; `'cuda'`, `'cpu'`, or `'xla'` (dense:
+        memory grows with T * S, any differentiation). A named one is never replaced by another.
       bias: refused; see Raises.
       mask: refused; see Raises.
 
@@ -132,6 +137,7 @@ def attention(
         query_offset=query_offset,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
+        deterministic=deterministic,
         implementation=implementation,
     )
     if 0 in call.q.shape or 0 in call.k.shape:
@@ -165,6 +171,7 @@ def prepare(
     query_offset: Any = None,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
+    deterministic: Any = False,
     implementation: Any = None,
 ) -> Call:
     """Checks the arguments of `attention` and brings them to their canonical form."""
@@ -209,6 +216,7 @@ def prepare(
         is_causal=is_causal,
         query_offset=offset if is_causal and isinstance(offset, int) else 0,
         aux=tuple(name for name in AUX_NAMES if name in aux),
+        deterministic=_spec.static_bool("deterministic", deterministic),
         implementation=implementation,
     )
     B = math.prod(batch)

@@ -1,24 +1,22 @@
-"""The primitives: types, batching and lowering of forward, tangent and backward.
+"""The primitives: types and batching of forward, tangent and backward.
 
 Operands are `q [B, T, N, H]`, `k [B, S, K, H]`, `v [B, S, K, Hv]` and then the optional arrays that
 `spec.aux` names. `tangent_p` is the linear map from input to output tangents; it exists to be
 transposed into `bwd_p` and can't be evaluated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_flashattn import _native, _reference
-from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import AUX_NAMES, AttentionSpec, Dims, UnsupportedError
-from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+from jax_flashattn import _lowering
+from jax_flashattn._sharding import result_aval
+from jax_flashattn._spec import AttentionSpec, Dims, UnsupportedError
 
 FORWARD_MODE_ADVICE = (
     "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
@@ -108,84 +106,12 @@ ad.primitive_jvps[tangent_p] = _no_forward_mode
 ad.primitive_jvps[bwd_p] = _no_forward_mode
 
 
-# Lowering, dense: platforms without kernels.
+# Lowering: a platform without rules of its own gets the dense definition.
 
-
-def _with_aux(spec: AttentionSpec, aux: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    return dict(zip(spec.aux, aux, strict=True))
-
-
-def _fwd_dense(
-    q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
-) -> tuple[jax.Array, jax.Array]:
-    return _reference.attention(spec, q, k, v, _with_aux(spec, aux))
-
-
-def _bwd_dense(*operands: jax.Array, spec: AttentionSpec, has_dlse: bool) -> Any:
-    q, k, v, _, lse, dout, *rest = operands
-    dlse = rest.pop(0) if has_dlse else jnp.zeros_like(lse)
-    aux = _with_aux(spec, rest)
-    _, vjp = jax.vjp(lambda q, k, v: _reference.attention(spec, q, k, v, aux), q, k, v)
-    return vjp((dout, dlse))
-
-
-def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
-    named = params["spec"].implementation
-    if named is not None:
-        platforms = ctx.platforms or ctx.module_context.platforms
-        raise UnsupportedError(
-            f"implementation={named!r} has no kernel for platform {'/'.join(platforms)}; "
-            "leave implementation out for that platform's own choice, or name 'xla'"
-        )
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
-
-
-mlir.register_lowering(fwd_p, partial(_lower_dense, _fwd_dense))
-mlir.register_lowering(bwd_p, partial(_lower_dense, _bwd_dense))
-
-
-# Lowering, CPU kernels.
-
-
-def _attributes(spec: AttentionSpec) -> dict[str, Any]:
-    # Every scalar in its numpy type: a Python int or float would arrive at a width of JAX's choice.
-    return {
-        "scale": np.float32(spec.scale),
-        "is_causal": np.bool_(spec.is_causal),
-        "query_offset": np.int64(spec.query_offset),
-        **{f"has_{name}": np.bool_(name in spec.aux) for name in AUX_NAMES},
-    }
-
-
-def _axes(d: Dims) -> dict[str, int]:
-    return {"b": d.B, "t": d.T, "s": d.S, "n": d.N, "k": d.K, "h": d.H, "d": d.Hv}
-
-
-def _fwd_cpu(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
-    sizes = _axes(Dims.of(*ctx.avals_in[:3]))
-    partition = partition_attributes(
-        ["btnh", "bskh", "bskd", *("b" for _ in spec.aux)], ["btnd", "bnt"], sizes, 1
-    )
-    lower = jax.ffi.ffi_lowering(FWD_TARGET, extra_attributes=partition)
-    return lower(ctx, *operands, **_attributes(spec))
-
-
-def _bwd_cpu(ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool) -> Any:
-    d = Dims.of(*ctx.avals_in[:3])
-    scratch = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H)
-    partition = partition_attributes(
-        ["btnh", "bskh", "bskd", "btnd", "bnt", "btnd", *(("bnt",) * has_dlse)]
-        + ["b" for _ in spec.aux],
-        ["btnh", "bskh", "bskd", "bx"],
-        {**_axes(d), "x": scratch},
-        1,
-    )
-    q = ctx.avals_in[0]
-    scratch_aval = result_aval(q, (d.B, scratch), (0, None), jnp.float32)
-    lower = jax.ffi.ffi_lowering(BWD_TARGET, extra_attributes=partition)
-    ctx = ctx.replace(avals_out=[*ctx.avals_out, scratch_aval])
-    return lower(ctx, *operands, **_attributes(spec), has_dlse=np.bool_(has_dlse))[:3]
-
-
-mlir.register_lowering(fwd_p, _fwd_cpu, platform="cpu")
-mlir.register_lowering(bwd_p, _bwd_cpu, platform="cpu")
+for _p, _dense, _cpu, _cuda in (
+    (fwd_p, _lowering.fwd_dense, _lowering.fwd_cpu, _lowering.fwd_cuda),
+    (bwd_p, _lowering.bwd_dense, _lowering.bwd_cpu, _lowering.bwd_cuda),
+):
+    mlir.register_lowering(_p, _dense)
+    mlir.register_lowering(_p, _cpu, platform="cpu")
+    mlir.register_lowering(_p, _cuda, platform="cuda")

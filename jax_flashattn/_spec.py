@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-IMPLEMENTATIONS = ("cpu", "xla")
+IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 512
 
@@ -34,6 +34,7 @@ class AttentionSpec:
       is_causal: key j is visible to query i iff j <= i + offset.
       query_offset: the offset where no `query_offset` array is given.
       aux: names of the optional arrays that are given, a subsequence of `AUX_NAMES`.
+      deterministic: gradients are bitwise repeatable, also where that is slower.
       implementation: the implementation that the caller named, or None for the platform's own.
     """
 
@@ -41,6 +42,7 @@ class AttentionSpec:
     is_causal: bool = False
     query_offset: int = 0
     aux: tuple[str, ...] = ()
+    deterministic: bool = False
     implementation: str | None = None
 
 

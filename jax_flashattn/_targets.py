@@ -4,6 +4,7 @@ Importing this touches no device: XLA takes the registered targets when a backen
 """
 
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 
@@ -36,10 +37,26 @@ def _check_ffi_version() -> None:
         )
 
 
+def _nvrtc_directories() -> list[str]:
+    """Where pip puts libnvrtc, next to which its builtins lie; the loader doesn't look there."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec is not None else None
+    return [
+        str(directory)
+        for root in roots or ()
+        for subdirectory in ("cu13/lib", "cuda_nvrtc/lib")
+        if (directory := pathlib.Path(root, subdirectory)).is_dir()
+    ]
+
+
 def _register() -> None:
     for name, handler in _native.cpu_handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
         jax.ffi.register_ffi_target_as_batch_partitionable(name)
+    jax.ffi.register_ffi_type("jfa_cuda_state_v1", _native.cuda_state_type(), platform="CUDA")
+    for name, stages in _native.cuda_handlers().items():
+        jax.ffi.register_ffi_target(name, stages, platform="CUDA")
+    _native.set_nvrtc_search_paths(_nvrtc_directories())
 
 
 _check_ffi_version()

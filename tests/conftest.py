@@ -1,5 +1,7 @@
 """Settings that hold for every test; JAX must see them before its first use."""
 
+import datetime
+import json
 import os
 import pathlib
 import subprocess
@@ -15,12 +17,39 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-report", help="with -m gpu: write what ran, and on what, to this file")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         jax.config.update("jax_platforms", "cpu")
     # What passes under these passes for users who set them.
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
+    path = config.getoption("--gpu-report")
+    if not path:
+        return
+    from jax_flashattn import _native
+
+    outcomes = {
+        outcome: len(terminalreporter.stats.get(outcome, []))
+        for outcome in ("passed", "failed", "error", "skipped")
+    }
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **_native.cuda_devices(),
+        "nvrtc": _native.nvrtc_version(),
+        "jax": jax.__version__,
+        "source_sha256": _native.kernel_sources_sha256(),
+        "outcomes": outcomes,
+        "tests": sorted(x.nodeid for x in terminalreporter.stats.get("passed", [])),
+        "failed": sorted(x.nodeid for x in terminalreporter.stats.get("failed", [])),
+    }
+    pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 @pytest.fixture

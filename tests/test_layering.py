@@ -10,11 +10,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each Python module and the modules of the package that it may import.
 PYTHON = {
     "__init__": {"_api", "_spec"},
-    "__main__": {"_bench", "_native"},
+    "__main__": {"_bench", "_bench_cuda", "_native"},
+    "_bench_cuda": {"_api", "_native"},
     "_bench": {"_api", "_native"},
     "_api": {"_spec", "_vjp", "_reference"},
     "_vjp": {"_spec", "_primitives", "_sharding"},
-    "_primitives": {"_spec", "_sharding", "_native", "_targets", "_reference"},
+    "_primitives": {"_spec", "_sharding", "_lowering"},
+    "_lowering": {"_spec", "_sharding", "_native", "_targets", "_reference"},
     "_targets": {"_native"},
     "_reference": {"_spec"},
     "_sharding": set(),

@@ -1,0 +1,389 @@
+// XLA FFI handlers of the CUDA kernels: buffers -> params, and when to compile, load and launch.
+//
+//   Instantiate  once per call site, while XLA compiles, from several threads: plan, compile.
+//   Initialize   before every run, per device: load the kernels there, the first time.
+//   Execute      fill the parameters, launch. Captured into CUDA graphs by default: no allocation,
+//                no waiting, nothing that depends on anything but its arguments.
+//
+// Logical shapes, which layouts map to [batch, token, head, dim] memory:
+//   q, dq [B, K, G, T, H]   k, dk [B, K, S, H]   v, dv [B, K, S, Hv]   out, dout [B, K, G, T, Hv]
+//   lse, dlse f32 [B, K, G, T]   query_offset, q_lengths, kv_lengths i32 [B, K]   scratch f32 [B,
+//   K, X]
+//
+// Operands are checked in every stage: a custom call can come from a file, and a wrong one must be
+// an error and not a crash.
+#include "cc/handlers.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/call.h"
+#include "cc/driver.h"
+#include "cc/jit.h"
+#include "cc/launch.h"
+#include "cc/plan.h"
+#include "cc/status.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jfa {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kMaxDevices = 64;
+constexpr uint32_t kMinusInfinity = 0xff800000;
+
+ElementType ToElementType(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::F16:
+      return ElementType::kF16;
+    case ffi::BF16:
+      return ElementType::kBF16;
+    case ffi::F32:
+      return ElementType::kF32;
+    case ffi::S32:
+      return ElementType::kS32;
+    default:
+      return ElementType::kOther;
+  }
+}
+
+Tensor ToTensor(const ffi::AnyBuffer& buffer) {
+  return {ToElementType(buffer.element_type()), buffer.dimensions().begin(),
+          buffer.dimensions().size(), buffer.untyped_data()};
+}
+
+// What isn't a buffer (XLA has no such operand today) has no axes and fails the checks.
+TensorList ToTensors(ffi::RemainingArgs args) {
+  TensorList list{};
+  list.size = args.size();
+  for (size_t i = 0; i < std::min(list.size, list.items.size()); ++i) {
+    auto buffer = args.get<ffi::AnyBuffer>(i);
+    if (buffer.has_value()) list.items[i] = ToTensor(*buffer);
+  }
+  return list;
+}
+
+TensorList ToTensors(ffi::RemainingRets rets) {
+  TensorList list{};
+  list.size = rets.size();
+  for (size_t i = 0; i < std::min(list.size, list.items.size()); ++i) {
+    auto buffer = rets.get<ffi::AnyBuffer>(i);
+    if (buffer.has_value()) list.items[i] = ToTensor(**buffer);
+  }
+  return list;
+}
+
+// ---------------------------------------------------------------------------------------------
+// State: the kernels of one call site, per architecture and device
+// ---------------------------------------------------------------------------------------------
+
+struct ArchKernels {
+  int arch = 0;
+  Variant variant{};
+  Plan plan;
+  std::vector<jit::Result> compiled;
+  std::vector<launch::LoadedKernel*> loaded;  // filled before a device points here
+};
+
+}  // namespace
+
+// Shared by all devices and threads that run one call site.
+struct CudaState {
+  static ffi::TypeId id;
+
+  std::mutex mutex;  // guards `built`
+  std::vector<std::unique_ptr<ArchKernels>> built;
+  std::array<std::atomic<const ArchKernels*>, kMaxDevices> by_device{};
+};
+
+// Not 0: XLA would assign one then, and must have done so before it sees a handler with this state.
+ffi::TypeId CudaState::id = {7700001};
+
+namespace {
+
+bool SameVariant(const Variant& a, const Variant& b) {
+  return a.op == b.op && a.dtype == b.dtype && a.head_dim == b.head_dim &&
+         a.head_dim_v == b.head_dim_v && a.mask == b.mask && a.deterministic == b.deterministic;
+}
+
+// Plans and compiles for one architecture; what is there already is found. `mutex` is held.
+Status Build(CudaState& state, const Variant& variant, int arch, ArchKernels** kernels) {
+  for (const auto& built : state.built) {
+    if (built->arch == arch && SameVariant(built->variant, variant)) {
+      *kernels = built.get();
+      return OkStatus();
+    }
+  }
+  auto built = std::make_unique<ArchKernels>();
+  built->arch = arch;
+  built->variant = variant;
+  built->plan = MakePlan(variant, arch);
+  JFA_RETURN_IF_ERROR(jit::CompilePlan(built->plan, arch, &built->compiled));
+  *kernels = built.get();
+  state.built.push_back(std::move(built));
+  return OkStatus();
+}
+
+// The kernels of a call on a device: loaded, and ready to be launched. One atomic load once done.
+Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
+                  const ArchKernels** ready) {
+  if (ordinal < 0 || ordinal >= kMaxDevices) {
+    return Internal("jax_flashattn: device ordinal " + std::to_string(ordinal) + " isn't below " +
+                    std::to_string(kMaxDevices));
+  }
+  *ready = state.by_device[ordinal].load(std::memory_order_acquire);
+  if (*ready != nullptr) {
+    if (SameVariant((*ready)->variant, variant)) return OkStatus();
+    return Internal("jax_flashattn: a call site changed its dtype or head dims between runs");
+  }
+  int arch;
+  JFA_RETURN_IF_ERROR(driver::DeviceArch(ordinal, &arch));
+  std::lock_guard<std::mutex> lock(state.mutex);
+  ArchKernels* kernels;
+  JFA_RETURN_IF_ERROR(Build(state, variant, arch, &kernels));
+  if (kernels->loaded.empty()) {
+    std::vector<launch::LoadedKernel*> loaded;
+    for (size_t i = 0; i < kernels->compiled.size(); ++i) {
+      const jit::CompiledKernel& kernel = *kernels->compiled[i].kernel;
+      loaded.emplace_back();
+      JFA_RETURN_IF_ERROR(
+          launch::Load({kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name,
+                        kernel.resources.param_bytes, kernels->plan.kernels[i].smem_bytes},
+                       &loaded.back()));
+    }
+    kernels->loaded = std::move(loaded);
+  }
+  for (launch::LoadedKernel* kernel : kernels->loaded) {
+    JFA_RETURN_IF_ERROR(launch::PrepareDevice(kernel, ordinal));
+  }
+  state.by_device[ordinal].store(kernels, std::memory_order_release);
+  *ready = kernels;
+  return OkStatus();
+}
+
+// Results where there is no query or no key: nothing was seen.
+Status FillEmpty(const Call& call, driver::CuStream stream) {
+  constexpr size_t kElementBytes = 2;  // f16, bf16
+  const size_t q_rows = static_cast<size_t>(call.sizes.batch) * call.sizes.num_kv_heads *
+                        call.sizes.group * call.sizes.q_len;
+  const size_t kv_rows =
+      static_cast<size_t>(call.sizes.batch) * call.sizes.num_kv_heads * call.sizes.kv_len;
+  const auto zero = [&](void* data, size_t rows, int64_t dim) {
+    return launch::FillBytes(data, 0, rows * dim * kElementBytes, stream);
+  };
+  if (call.variant.op == Op::kFwd) {
+    JFA_RETURN_IF_ERROR(zero(call.out, q_rows, call.head_dim_v));
+    return launch::FillWords(call.lse, kMinusInfinity, q_rows, stream);
+  }
+  JFA_RETURN_IF_ERROR(zero(call.dq, q_rows, call.head_dim));
+  JFA_RETURN_IF_ERROR(zero(call.dk, kv_rows, call.head_dim));
+  return zero(call.dv, kv_rows, call.head_dim_v);
+}
+
+template <typename Params>
+Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& params,
+                 driver::CuStream stream) {
+  for (size_t i = 0; i < kernels.loaded.size(); ++i) {
+    const Grid grid = MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes);
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
+    JFA_RETURN_IF_ERROR(launch::Launch(*kernels.loaded[i], {grid.x, grid.y, grid.z},
+                                       kernels.plan.kernels[i].threads, stream, &params,
+                                       sizeof(params)));
+  }
+  return OkStatus();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Stages
+// ---------------------------------------------------------------------------------------------
+
+Status Instantiate(Op op, const Attributes& attrs, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   CudaState& state) {
+  if (attrs.arch != 0 && (attrs.arch < 50 || attrs.arch > 999)) {
+    return InvalidArgument(
+        "jax_flashattn: attribute arch must be 0 (the device at hand) or compute capability "
+        "major * 10 + minor, got " +
+        std::to_string(attrs.arch));
+  }
+  // A runtime that gives no shapes here gives them later: Initialize or Execute catches up.
+  if (args.size() == 0) return OkStatus();
+  Call call;
+  JFA_RETURN_IF_ERROR(ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kNone, &call));
+  if (call.IsEmpty()) return OkStatus();
+  int arch = static_cast<int>(attrs.arch);
+  if (arch == 0) JFA_RETURN_IF_ERROR(driver::CurrentArch(&arch));
+  std::lock_guard<std::mutex> lock(state.mutex);
+  ArchKernels* kernels;
+  return Build(state, call.variant, arch, &kernels);
+}
+
+Status Initialize(Op op, const Attributes& attrs, int ordinal, CudaState* state,
+                  ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  // Every run comes through here, so the common case leaves before it reads any operand.
+  if (ordinal >= 0 && ordinal < kMaxDevices &&
+      state->by_device[ordinal].load(std::memory_order_acquire) != nullptr) {
+    return OkStatus();
+  }
+  if (args.size() == 0) return OkStatus();
+  Call call;
+  JFA_RETURN_IF_ERROR(ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kNone, &call));
+  if (call.IsEmpty()) return OkStatus();
+  const ArchKernels* kernels;
+  return KernelsFor(*state, call.variant, ordinal, &kernels);
+}
+
+Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordinal,
+               CudaState* state, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Call call;
+  JFA_RETURN_IF_ERROR(
+      ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kDevice, &call));
+  if (call.IsEmpty()) return FillEmpty(call, stream);
+  // Compiles and loads here only under a runtime that gave no shapes in the stages before; the
+  // first run of a program is never captured, so even that is sound.
+  const ArchKernels* kernels;
+  JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
+  return op == Op::kFwd ? LaunchAll(*kernels, call, ToFwdParams(attrs, call), stream)
+                        : LaunchAll(*kernels, call, ToBwdParams(attrs, call), stream);
+}
+
+ffi::Error ToError(const Status& status) {
+  switch (status.code()) {
+    case StatusCode::kOk:
+      return ffi::Error::Success();
+    case StatusCode::kInvalidArgument:
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message());
+    case StatusCode::kUnimplemented:
+      return ffi::Error(ffi::ErrorCode::kUnimplemented, status.message());
+    case StatusCode::kFailedPrecondition:
+      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, status.message());
+    case StatusCode::kInternal:
+      break;
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, status.message());
+}
+
+// Runs a stage; memory may run out in any, and no exception may reach XLA.
+template <typename Stage>
+ffi::Error Guard(Stage stage) {
+  try {
+    return ToError(stage());
+  } catch (const std::exception& e) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("jax_flashattn: ") + e.what());
+  }
+}
+
+// The handlers proper: one set per op, since FFI derives the decoding from a function's signature.
+template <Op op, typename... HasDlse>
+struct Handlers {
+  static ffi::ErrorOr<std::unique_ptr<CudaState>> OnInstantiate(
+      ffi::RemainingArgs args, ffi::RemainingRets rets, float scale, bool is_causal,
+      int64_t query_offset, bool has_query_offset, bool has_q_lengths, bool has_kv_lengths,
+      int64_t arch, bool deterministic, HasDlse... has_dlse) {
+    const Attributes attrs{
+        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
+        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
+    std::unique_ptr<CudaState> state;
+    ffi::Error error = Guard([&] {
+      state = std::make_unique<CudaState>();
+      return Instantiate(op, attrs, args, rets, *state);
+    });
+    if (error.failure()) return ffi::Unexpected<ffi::Error>(std::move(error));
+    return state;
+  }
+
+  static ffi::Error OnInitialize(int32_t ordinal, CudaState* state, ffi::RemainingArgs args,
+                                 ffi::RemainingRets rets, float scale, bool is_causal,
+                                 int64_t query_offset, bool has_query_offset, bool has_q_lengths,
+                                 bool has_kv_lengths, int64_t arch, bool deterministic,
+                                 HasDlse... has_dlse) {
+    const Attributes attrs{
+        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
+        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
+    return Guard([&] { return Initialize(op, attrs, ordinal, state, args, rets); });
+  }
+
+  static ffi::Error OnExecute(driver::CuStream stream, int32_t ordinal, CudaState* state,
+                              ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
+                              bool is_causal, int64_t query_offset, bool has_query_offset,
+                              bool has_q_lengths, bool has_kv_lengths, int64_t arch,
+                              bool deterministic, HasDlse... has_dlse) {
+    const Attributes attrs{
+        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
+        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
+    return Guard([&] { return Execute(op, attrs, stream, ordinal, state, args, rets); });
+  }
+};
+
+using Fwd = Handlers<Op::kFwd>;
+using Bwd = Handlers<Op::kBwd, bool>;
+
+// A binding is moved from by each call that extends it, and can't be moved otherwise.
+template <typename Binding>
+auto BindFwdAttributes(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Attr<float>("scale")
+      .template Attr<bool>("is_causal")
+      .template Attr<int64_t>("query_offset")
+      .template Attr<bool>("has_query_offset")
+      .template Attr<bool>("has_q_lengths")
+      .template Attr<bool>("has_kv_lengths")
+      .template Attr<int64_t>("arch")
+      .template Attr<bool>("deterministic");
+}
+
+template <typename Binding>
+auto BindBwdAttributes(Binding&& binding) {
+  return BindFwdAttributes(std::forward<Binding>(binding)).template Attr<bool>("has_dlse");
+}
+
+auto BindInstantiate() { return ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets(); }
+
+auto BindInitialize() {
+  return ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaState>>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+auto BindExecute() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<driver::CuStream>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaState>>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdInstantiate, Fwd::OnInstantiate,
+                              BindFwdAttributes(BindInstantiate()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdInitialize, Fwd::OnInitialize,
+                              BindFwdAttributes(BindInitialize()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdExecute, Fwd::OnExecute, BindFwdAttributes(BindExecute()),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInstantiate, Bwd::OnInstantiate,
+                              BindBwdAttributes(BindInstantiate()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInitialize, Bwd::OnInitialize,
+                              BindBwdAttributes(BindInitialize()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdExecute, Bwd::OnExecute, BindBwdAttributes(BindExecute()),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_TypeId* CudaStateTypeId() { return &CudaState::id; }
+
+XLA_FFI_TypeInfo* CudaStateTypeInfo() {
+  static XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<CudaState>();
+  return &info;
+}
+
+}  // namespace jfa

@@ -1,0 +1,251 @@
+// Forward attention with mma.sync: sm_80, 86, 89, 120, and any newer one without its own kernel.
+//
+//   one CTA = one row tile of one query head        keys, right to left ->
+//                 kHeadDim                      kBlockN   kBlockN
+//            +--------------+                  +---------+---------+
+//   kBlockM  |  Q (shared)  |   x  K^T  =  S   |  block  |  block  |   P = exp2(S - ref), in
+//            +--------------+                  +---------+---------+   registers, feeds P V
+//
+// Warps       all alike; warp w owns the 16-row blocks w, w + kWarps, ... (kRowBlocks of them: two
+//             where registers allow, since each K and V fragment read is then used twice).
+// Blocks      right to left: the ones that a causal mask or the end of the keys cut come first.
+// Barriers    only __syncthreads. kStages 1: K and V have one buffer each; V loads during Q K^T, the
+//             next K during softmax and P V; two barriers a block. kStages 2: K and V have two
+//             buffers, loaded a block ahead; one barrier a block.
+// Shared      Q kBlockM * kHeadDim, K and V kStages * kBlockN * (kHeadDim + kHeadDimV), times 2
+//             bytes; the output tile reuses all of it. plan.cc computes the same sum.
+// Registers   output kRowBlocks * kHeadDimV / 2, scores kRowBlocks * kBlockN / 2, Q too with
+//             kQInRegs (kRowBlocks * kHeadDim / 4), and about 60 more.
+#ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_
+
+#include "kv_source.cuh"
+#include "mask.cuh"
+#include "softmax.cuh"
+
+namespace jfa {
+
+template <class C>
+struct FwdSm80 {
+  static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+  static constexpr int kThreads = C::kWarps * kWarpSize;
+  static constexpr int kRowBlocks = C::kBlockM / (16 * C::kWarps);
+  static constexpr int kKeyBlocks = C::kBlockN / 16;
+  static constexpr int kDimBlocks = C::kHeadDim / 16;
+  static constexpr int kOutBlocks = C::kHeadDimV / 16;
+
+  using TileQ = SmemTile<C::kBlockM, C::kHeadDim>;
+  using TileK = SmemTile<C::kBlockN, C::kHeadDim>;
+  using TileV = SmemTile<C::kBlockN, C::kHeadDimV>;
+  using TileO = SmemTile<C::kBlockM, C::kHeadDimV>;
+  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
+  static constexpr int kSmemBytes = TileQ::kBytes + C::kStages * kStageBytes;
+
+  static_assert(C::kBlockM == kRowBlocks * 16 * C::kWarps, "every warp owns whole 16-row blocks");
+  static_assert(C::kStages == 1 || C::kStages == 2, "the loop knows one or two buffers");
+  static_assert(TileO::kBytes <= kSmemBytes, "the output tile is staged where the inputs were");
+  static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
+
+  using Output = float[kRowBlocks][2 * kOutBlocks][4];
+  using Scores = float[kRowBlocks][2 * kKeyBlocks][4];
+  using OperandQ = Operand<TileQ, Side::kA, false, C::kWarps>;
+  using OperandK = Operand<TileK, Side::kB, false, 1>;
+  using OperandV = Operand<TileV, Side::kB, true, 1>;
+
+  // acc += Q K^T
+  static JFA_DEVICE void ScoreGemm(Scores& s, const uint32 (&q)[kRowBlocks][kDimBlocks][4],
+                                   const OperandQ& op_q, const OperandK& op_k) {
+    if constexpr (C::kQInRegs) {
+#pragma unroll
+      for (int k = 0; k < kDimBlocks; ++k) {
+        uint32 a[kRowBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) a[m][e] = q[m][k][e];
+        }
+        MmaRow<C::kBf16>(s, a, op_k, k);
+      }
+    } else {
+      Gemm<C::kBf16, kDimBlocks>(s, op_q, op_k);
+    }
+  }
+
+  // out += P V. Weights are computed 16 keys at a time, just before the product that needs them, so
+  // that the exponentials of one step can run under the tensor work of the step before.
+  static JFA_DEVICE void OutputGemm(Output& out, const Scores& s, OnlineSoftmax<kRowBlocks>& softmax,
+                                    const OperandV& op_v) {
+#pragma unroll
+    for (int k = 0; k < kKeyBlocks; ++k) {
+      uint32 p[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        float w[2][4];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) w[n][e] = softmax.Weigh(2 * m + e / 2, s[m][2 * k + n][e]);
+        }
+        PackBlock<C::kBf16>(p[m], w[0], w[1]);
+      }
+      MmaRow<C::kBf16>(out, p, op_v, k);
+    }
+  }
+
+  static JFA_DEVICE void Run(const FwdParams& params, unsigned char* smem) {
+    const ProblemParams& problem = params.problem;
+    const int num_row_tiles = CeilDiv(problem.q_len, C::kBlockM);
+    WorkItem work = ScheduleWork(
+        blockIdx.x, num_row_tiles, problem.batch, problem.num_heads, problem.group,
+        static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+        C::kL2Bytes);
+    // Under a causal mask the last rows see most: longest tiles first.
+    if (kMask != MaskKind::kFull) work.block = num_row_tiles - 1 - work.block;
+    const int row0 = work.block * C::kBlockM;
+    const int kv_head = work.head / problem.group;
+
+    const Sequence sequence(problem, work.batch, kv_head);
+    const BandMask<kMask> mask(sequence.q_len, sequence.kv_len, sequence.offset,
+                               problem.window_left, problem.window_right);
+    const BlockRange keys = mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM);
+
+    const uint32 smem_q = SmemAddress(smem);
+    const uint32 smem_k = smem_q + TileQ::kBytes;
+    const uint32 smem_v = smem_k + C::kStages * TileK::kBytes;
+
+    const TileLoader<TileK, kThreads, C::kAligned> load_k(
+        HeadPointer(params.k, work.batch, kv_head), params.k.row_stride, problem.head_dim);
+    const TileLoader<TileV, kThreads, C::kAligned> load_v(
+        HeadPointer(params.v, work.batch, kv_head), params.v.row_stride, problem.head_dim_v);
+
+    Output out;
+    Clear(out);
+    OnlineSoftmax<kRowBlocks> softmax(problem.scale_log2);
+    const bool negative_scale = problem.scale_log2 < 0.f;
+    uint32 q[kRowBlocks][kDimBlocks][4];
+
+    if (keys.begin < keys.end) {
+      const TileLoader<TileQ, kThreads, C::kAligned> load_q(
+          HeadPointer(params.q, work.batch, work.head), params.q.row_stride, problem.head_dim);
+      load_q.Load(smem_q, row0, sequence.q_len);
+      load_k.Load(smem_k, (keys.end - 1) * C::kBlockN, sequence.kv_len);
+      if (C::kStages == 2) load_v.Load(smem_v, (keys.end - 1) * C::kBlockN, sequence.kv_len);
+      CpAsyncCommit();
+      if constexpr (C::kQInRegs) {
+        CpAsyncWait<0>();
+        __syncthreads();
+        const OperandQ op_q(smem_q, threadIdx.x / kWarpSize, threadIdx.x % kWarpSize);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int k = 0; k < kDimBlocks; ++k) op_q.Load(q[m][k], m, k);
+        }
+      }
+    }
+
+    uint32 stage = 0;
+#pragma unroll 1
+    for (int block = keys.end - 1; block >= keys.begin; --block) {
+      const int key0 = block * C::kBlockN;
+      CpAsyncWait<0>();
+      __syncthreads();  // this block's K (and V) is there; all warps are done with the one before
+      if constexpr (C::kStages == 1) {
+        load_v.Load(smem_v, key0, sequence.kv_len);
+        CpAsyncCommit();
+      } else if (block > keys.begin) {
+        load_k.Load(smem_k + (stage ^ 1) * TileK::kBytes, key0 - C::kBlockN, sequence.kv_len);
+        load_v.Load(smem_v + (stage ^ 1) * TileV::kBytes, key0 - C::kBlockN, sequence.kv_len);
+        CpAsyncCommit();
+      }
+
+      Scores s;
+      Clear(s);
+      {
+        // Addresses are found anew in each block: kept through the loop they would spill.
+        const int thread = ReadThreadIndex();
+        ScoreGemm(s, q, OperandQ(smem_q, thread / kWarpSize, thread % kWarpSize),
+                  OperandK(smem_k + stage * TileK::kBytes, 0, thread % kWarpSize));
+      }
+
+      if (negative_scale) {
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[m][n][e] = -s[m][n][e];
+          }
+        }
+      }
+      // One loop for cut and whole blocks: a branch around the mask costs nothing beside a block's
+      // products, and the code, its compile time and its cache footprint are half as large.
+      if (mask.template NeedsMask<C::kBlockM, C::kBlockN>(row0, key0)) {
+#pragma unroll
+        for (int r = 0; r < 2 * kRowBlocks; ++r) {
+          const int thread = ReadThreadIndex();
+          const int row = row0 + 16 * (thread / kWarpSize + C::kWarps * (r / 2)) +
+                          thread % kWarpSize / 4 + r % 2 * 8;
+          const Window seen = mask.KeysOf(row).From(key0 + thread % 4 * 2);
+#pragma unroll
+          for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& logit = s[r / 2][n][r % 2 * 2 + e];
+              if (!mask.InKeys(seen, 8 * n + e)) logit = -Infinity();
+            }
+          }
+        }
+      }
+
+      if constexpr (C::kStages == 1) {
+        CpAsyncWait<0>();
+        __syncthreads();  // V is there; all warps are done with K
+        if (block > keys.begin) {
+          load_k.Load(smem_k, key0 - C::kBlockN, sequence.kv_len);
+          CpAsyncCommit();
+        }
+      }
+      softmax.Observe(s, out);
+      OutputGemm(out, s, softmax, OperandV(smem_v + stage * TileV::kBytes, 0, ReadLaneIndex()));
+      if constexpr (C::kStages == 2) stage ^= 1;
+    }
+
+    __syncthreads();  // the inputs' shared memory becomes the output's
+    const int thread = ReadThreadIndex(), lane = thread % kWarpSize, warp = thread / kWarpSize;
+    float* lse = params.lse + LseRow(problem, work.batch, work.head);
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+      const int block_row = 16 * (warp + C::kWarps * m);
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half);
+        const int row = row0 + block_row + lane / 4 + 8 * half;
+        // Padding rows were zeros that saw every key: their mean of V must not get out.
+        if (row >= sequence.q_len) result = {0.f, -Infinity()};
+        factor[half] = result.normalizer;
+        if (lane % 4 == 0 && row < problem.q_len) lse[row] = result.lse;
+      }
+      const BlockWriter<TileO, 1> writer(smem_q, block_row, 0, lane);
+#pragma unroll
+      for (int n = 0; n < kOutBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          out[m][2 * n][e] *= factor[e / 2];
+          out[m][2 * n + 1][e] *= factor[e / 2];
+        }
+        uint32 r[4];
+        PackBlock<C::kBf16>(r, out[m][2 * n], out[m][2 * n + 1]);
+        writer.Store(0, n, r);
+      }
+    }
+    __syncthreads();
+    StoreTile<TileO, kThreads, C::kAligned>(smem_q, HeadPointer(params.out, work.batch, work.head),
+                                            params.out.row_stride, problem.head_dim_v, row0,
+                                            problem.q_len);
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_

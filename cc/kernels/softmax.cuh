@@ -1,0 +1,96 @@
+// Softmax over blocks of columns that arrive one after the other.
+//
+// Weights are exp2(s * scale - reference), one FFMA and one EX2 per element. The reference is the
+// row's maximum, but not always the latest: it is replaced only when a block exceeds it by more
+// than kSlack (in log2 units). Any reference gives the same weights after normalisation, and
+// exp2(8) leaves both f16 and f32 far from overflow; so after the first blocks nearly no block
+// needs the exchange between lanes and the rescaling of the output.
+#ifndef JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
+
+#include "tile.cuh"
+
+namespace jfa {
+
+// For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block.
+template <int kM>
+struct OnlineSoftmax {
+  static constexpr int kRows = 2 * kM;
+  static constexpr float kSlack = 8.f;
+
+  // Minus the reference of a row that has seen nothing yet: far below any logit, but finite, so that
+  // such a row needs no special case (hidden logits weigh 0, and its first key raises it).
+  static constexpr float kNothingSeen = 3e38f;
+
+  float scale;                 // |scale| * log2(e), never 0
+  float neg_reference[kRows];  // in log2 units
+  float sum[kRows];            // this lane's share
+
+  // A negative scale turns the order of logits around: the caller negates them first. A zero scale
+  // would make NaN of a hidden logit (-inf * 0): any tiny one gives the same weights.
+  JFA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale(fmaxf(fabsf(scale_log2), 1e-37f)) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      neg_reference[r] = kNothingSeen;
+      sum[r] = 0.f;
+    }
+  }
+
+  // Takes note of a block of raw logits (hidden ones are -inf); rescales `out` if need be.
+  template <int kN, int kOut>
+  JFA_DEVICE void Observe(const float (&s)[kM][kN][4], float (&out)[kM][kOut][4]) {
+    float highest[kRows];
+    bool exceeds = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int m = r / 2, e = r % 2 * 2;
+      highest[r] = fmaxf(s[m][0][e], s[m][0][e + 1]);
+#pragma unroll
+      for (int n = 1; n < kN; ++n) {
+        highest[r] = fmaxf(highest[r], fmaxf(s[m][n][e], s[m][n][e + 1]));
+      }
+      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kSlack;
+    }
+    if (__any_sync(kFullWarp, exceeds)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) Raise(r, QuadMax(highest[r]), out);
+    }
+  }
+
+  // The weight of a logit, counted into the row's sum.
+  JFA_DEVICE float Weigh(int r, float s) {
+    const float p = Exp2(fmaf(s, scale, neg_reference[r]));
+    sum[r] += p;
+    return p;
+  }
+
+  struct Result {
+    float normalizer;  // factor of the output; 0 for a row that saw nothing
+    float lse;         // natural log
+  };
+  JFA_DEVICE Result Finalize(int r) const {
+    const float total = QuadSum(sum[r]);
+    if (total == 0.f) return {0.f, -Infinity()};
+    return {1.f / total, kLn2 * (Log2(total) - neg_reference[r])};
+  }
+
+ private:
+  template <int kOut>
+  JFA_DEVICE void Raise(int r, float highest, float (&out)[kM][kOut][4]) {
+    const bool raise = fmaf(highest, scale, neg_reference[r]) > 0.f;
+    const float neg_new = raise ? -highest * scale : neg_reference[r];
+    const float factor = Exp2(neg_new - neg_reference[r]);
+    neg_reference[r] = neg_new;
+    sum[r] *= factor;
+    const int m = r / 2, e = r % 2 * 2;
+#pragma unroll
+    for (int n = 0; n < kOut; ++n) {
+      out[m][n][e] *= factor;
+      out[m][n][e + 1] *= factor;
+    }
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_

@@ -1,0 +1,136 @@
+// The driver side of running a kernel: library loading, per-device attributes, launches and fills.
+#include "cc/launch.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+namespace jfa::launch {
+namespace {
+
+using driver::Cuda;
+
+// What a kernel may use without asking.
+constexpr int kDefaultSharedBytes = 48 * 1024;
+
+struct LoadedKernels {
+  std::mutex mutex;
+  std::map<std::string, std::unique_ptr<LoadedKernel>> by_key;
+};
+
+LoadedKernels& All() {
+  static auto* all = new LoadedKernels;
+  return *all;
+}
+
+Status LoadError(const Cuda& cuda, driver::CuResult result, const KernelImage& image) {
+  const Status status = driver::Check(cuda, result, "cuLibraryLoadData");
+  int version = 0;
+  cuda.driver_get_version(&version);
+  return Internal(status.message() + " on " + std::string(image.symbol) + ", compiled for " +
+                  std::string(image.arch_name) + "; the driver supports CUDA " +
+                  std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
+                  ". If NVRTC is of a newer major version, upgrade the driver or install the NVRTC "
+                  "of the driver's version");
+}
+
+}  // namespace
+
+Status Load(const KernelImage& image, LoadedKernel** kernel) {
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  const std::string key = std::string(image.key) + "/" + std::to_string(image.smem_bytes);
+  LoadedKernels& all = All();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  std::unique_ptr<LoadedKernel>& slot = all.by_key[key];
+  if (slot == nullptr) {
+    auto loaded = std::make_unique<LoadedKernel>();
+    loaded->symbol = image.symbol;
+    loaded->param_bytes = image.param_bytes;
+    loaded->smem_bytes = image.smem_bytes;
+    driver::CuLibrary library;
+    const driver::CuResult result = cuda->library_load_data(&library, image.cubin.data(), nullptr,
+                                                            nullptr, 0, nullptr, nullptr, 0);
+    if (result != driver::kCuSuccess) return LoadError(*cuda, result, image);
+    JFA_RETURN_IF_ERROR(driver::Check(
+        *cuda, cuda->library_get_kernel(&loaded->handle, library, loaded->symbol.c_str()),
+        "cuLibraryGetKernel"));
+    slot = std::move(loaded);
+  }
+  *kernel = slot.get();
+  return OkStatus();
+}
+
+Status PrepareDevice(LoadedKernel* kernel, int ordinal) {
+  const uint64_t bit = ordinal >= 0 && ordinal < 64 ? uint64_t{1} << ordinal : 0;
+  if (kernel->ready_devices.load(std::memory_order_acquire) & bit) return OkStatus();
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  if (kernel->smem_bytes > kDefaultSharedBytes) {
+    // Two threads may set it at once: to the same value, which the driver allows.
+    const driver::CuResult result =
+        cuda->kernel_set_attribute(driver::kFunctionAttributeMaxDynamicSharedSizeBytes,
+                                   kernel->smem_bytes, kernel->handle, ordinal);
+    if (result != driver::kCuSuccess) {
+      const Status status = driver::Check(*cuda, result, "cuKernelSetAttribute");
+      return Internal(status.message() + " on " + kernel->symbol + ": " +
+                      std::to_string(kernel->smem_bytes) +
+                      " bytes of dynamic shared memory on device " + std::to_string(ordinal));
+    }
+  }
+  kernel->ready_devices.fetch_or(bit, std::memory_order_release);
+  return OkStatus();
+}
+
+Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStream stream,
+              const void* params, size_t param_bytes) {
+  // The driver copies as many bytes as the kernel declares, wherever they come from.
+  if (kernel.param_bytes >= 0 && static_cast<size_t>(kernel.param_bytes) != param_bytes) {
+    return Internal("jax_flashattn: " + kernel.symbol + " takes " +
+                    std::to_string(kernel.param_bytes) + " bytes of parameters, got " +
+                    std::to_string(param_bytes));
+  }
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  driver::CuLaunchConfig config{};
+  config.grid_x = grid.x;
+  config.grid_y = grid.y;
+  config.grid_z = grid.z;
+  config.block_x = static_cast<unsigned int>(threads);
+  config.block_y = 1;
+  config.block_z = 1;
+  config.shared_bytes = static_cast<unsigned int>(kernel.smem_bytes);
+  config.stream = stream;
+  void* arguments[] = {const_cast<void*>(params)};
+  const driver::CuResult result =
+      cuda->launch_kernel_ex(&config, kernel.handle, arguments, nullptr);
+  if (result == driver::kCuSuccess) return OkStatus();
+  const Status status = driver::Check(*cuda, result, "cuLaunchKernelEx");
+  return Internal(status.message() + " on " + kernel.symbol + ": grid " + std::to_string(grid.x) +
+                  "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z) + ", " +
+                  std::to_string(threads) + " threads, " + std::to_string(kernel.smem_bytes) +
+                  " bytes of shared memory");
+}
+
+Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream) {
+  if (count == 0) return OkStatus();
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  return driver::Check(
+      *cuda,
+      cuda->memset_d8_async(reinterpret_cast<driver::CuDevicePtr>(data), value, count, stream),
+      "cuMemsetD8Async");
+}
+
+Status FillWords(void* data, uint32_t value, size_t count, driver::CuStream stream) {
+  if (count == 0) return OkStatus();
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  return driver::Check(
+      *cuda,
+      cuda->memset_d32_async(reinterpret_cast<driver::CuDevicePtr>(data), value, count, stream),
+      "cuMemsetD32Async");
+}
+
+}  // namespace jfa::launch

@@ -1,0 +1,57 @@
+// Cubins into the driver, and kernels onto streams. Nothing that is loaded is ever unloaded.
+//
+// Unloading waits for the GPU, and a process needs few different kernels, so they are kept.
+#ifndef JAX_FLASHATTN_CC_LAUNCH_H_
+#define JAX_FLASHATTN_CC_LAUNCH_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "cc/driver.h"
+#include "cc/status.h"
+
+namespace jfa::launch {
+
+struct KernelImage {
+  std::string_view key;  // names the contents: images with the same key are loaded once
+  std::string_view symbol;
+  std::string_view cubin;
+  std::string_view arch_name;
+  int param_bytes;  // size of the kernel's parameters, -1 if not known
+  int smem_bytes;   // dynamic shared memory that launches ask for
+};
+
+// One kernel for all devices of its architecture.
+struct LoadedKernel {
+  std::string symbol;
+  driver::CuKernel handle = nullptr;
+  int param_bytes = -1;
+  int smem_bytes = 0;
+  std::atomic<uint64_t> ready_devices{0};  // bit per ordinal: PrepareDevice was done
+};
+
+// The loaded kernel; valid for the life of the process.
+Status Load(const KernelImage& image, LoadedKernel** kernel);
+
+// Once per kernel and device before its first launch there; a bit test afterwards.
+Status PrepareDevice(LoadedKernel* kernel, int ordinal);
+
+struct Dim3 {
+  uint32_t x, y, z;
+};
+
+// Enqueues the kernel with `params` as its one argument, copied before this returns. Allocates and
+// waits for nothing, so it may run while a CUDA graph is captured.
+Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStream stream,
+              const void* params, size_t param_bytes);
+
+// Fills device memory on a stream; may be captured too.
+Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream);
+Status FillWords(void* data, uint32_t value, size_t count, driver::CuStream stream);
+
+}  // namespace jfa::launch
+
+#endif  // JAX_FLASHATTN_CC_LAUNCH_H_

@@ -1,0 +1,401 @@
+#include "cc/plan.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+
+namespace jfa {
+namespace {
+
+constexpr int kRowPadding = 128;        // BwdScratch::kRowPadding
+constexpr int kPreprocessRows = 128;    // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;    // BwdPostprocess::kRows
+constexpr int kMinArch = 80;
+
+// Rounds a head dim up to its tile class; 0 if there is none.
+int TileClass(int head_dim) {
+  for (int size : {32, 64, 96, 128, 192, 256}) {
+    if (head_dim <= size) return size;
+  }
+  return 0;
+}
+
+// What of an architecture the tables depend on.
+struct ArchInfo {
+  int smem_kb;  // shared memory that one CTA may ask for
+  int l2_mb;
+};
+
+// Returns false for an architecture without support.
+bool GetArchInfo(int arch, ArchInfo* info) {
+  switch (arch) {
+    case 80: *info = {163, 40}; return true;
+    case 86: *info = {99, 6}; return true;
+    case 87: *info = {163, 4}; return true;
+    case 89: *info = {99, 48}; return true;
+    case 90: *info = {227, 50}; return true;
+    case 100: *info = {227, 96}; return true;
+    case 103: *info = {227, 96}; return true;
+    case 120: *info = {99, 64}; return true;
+    case 121: *info = {99, 24}; return true;
+    default: return false;
+  }
+}
+
+struct FwdTile {
+  int block_m, block_n, warps, stages, min_blocks;
+  bool q_in_regs;
+};
+
+// Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns 32
+// rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers and
+// it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
+//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307; 3 CTAs 292/241
+//   d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
+//   d192  64x64 339/317; 128x64 8 warps 315/305
+//   d256  64x64 330/265; 128x64 8 warps 312/270; 64x48 315/276; 64x32, 2 stages 302/263
+// The other architectures' rows follow from shared memory and are not measured.
+FwdTile PickFwdTile(int size, int smem_kb) {
+  if (smem_kb < 128) {
+    // About 100 KB per multiprocessor: smaller key blocks keep two CTAs on it up to head dim 128.
+    switch (size) {
+      case 32: return {128, 128, 4, 1, 2, true};
+      case 64: return {128, 64, 4, 1, 2, true};
+      case 96: return {128, 64, 4, 1, 2, false};
+      case 128: return {128, 32, 4, 1, 2, false};
+      case 192: return {128, 64, 8, 1, 1, false};
+      default: return {64, 64, 4, 1, 1, false};
+    }
+  }
+  switch (size) {
+    case 32: return {128, 128, 4, 1, 2, true};
+    case 64: return {128, 64, 4, 2, 2, true};
+    case 96: return {128, 64, 4, 1, 2, false};
+    case 128: return {128, 64, 4, 1, 2, false};
+    // Two CTAs of 96 KB where they fit, else one with twice the rows.
+    default: return smem_kb >= 200 ? FwdTile{64, 64, 4, 1, 2, false}
+                                   : FwdTile{128, 64, 8, 1, 1, false};
+  }
+}
+
+struct BwdTile {
+  int block_m, block_n, warps, stages, min_blocks;
+  int warps_score_n, warps_kv_n, warps_dq_m;
+};
+
+// Bound by shared-memory reads, so tiles are as large as registers (dK, dV) and shared memory let
+// them be, and each warp's part of every product as square as possible. Measured as above:
+//   d64   128x128 291/273 (scores split 4 x 2: 273/265); 64x128 8 warps 245/233; 64x64, 3 CTAs
+//         269/252; 64x128 with 4 warps 310/272, but it spills 240 bytes
+//   d128  64x128 313/285 (scores 2 x 4: 299/271; 8 x 1: 285/266); 1 stage 299/278; 64x64, 2 CTAs
+//         285/271; 32x128 262/239
+//   d256  64x64 243/227 (scores 4 x 2: 227/218; dQ split 2 x 4: 247/229, but it spills 8 bytes);
+//         1 stage 233/214
+BwdTile PickBwdTile(int size, int smem_kb, bool deterministic) {
+  if (smem_kb < 128) {
+    switch (size) {
+      case 32: return {64, 128, 8, 2, 1, 4, 4, 4};
+      case 64: return {64, 128, 8, 1, 1, 4, 4, 4};
+      case 96: return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 128: return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 192: return {32, 64, 8, 1, 1, 4, 4, 2};
+      default: return {32, 32, 4, 1, 1, 2, 2, 2};
+    }
+  }
+  switch (size) {
+    case 32: return {128, 128, 8, 2, 1, 4, 4, 4};
+    case 64: return {128, 128, 8, 2, 1, 2, 4, 4};
+    case 96: return {64, 128, 8, 2, 1, 4, 4, 4};
+    // Without the dQ product ptxas spills a few bytes unless scores are split 2 x 4, not 4 x 2.
+    case 128: return {64, 128, 8, 2, 1, deterministic ? 2 : 4, 4, 2};
+    case 192: return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 4, 4, 2};
+    default: return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 2, 2, 1};
+  }
+}
+
+struct DqTile {
+  int block_m, block_n, warps, stages;
+};
+
+DqTile PickDqTile(int size, int smem_kb) {
+  if (smem_kb < 128) {
+    if (size <= 64) return {128, 64, 8, 2};
+    if (size <= 128) return {64, 32, 4, 2};
+    return {64, 32, 4, 1};
+  }
+  if (size <= 128) return {128, 64, 8, 2};
+  return {64, 32, 4, 2};
+}
+
+using Fields = std::vector<std::pair<std::string, std::string>>;
+
+void AddInt(Fields* fields, const char* name, int64_t value) {
+  fields->emplace_back(name, std::to_string(value));
+}
+void AddBool(Fields* fields, const char* name, bool value) {
+  fields->emplace_back(name, value ? "true" : "false");
+}
+
+const char* Name(DType dtype) { return dtype == DType::kBF16 ? "bf16" : "f16"; }
+const char* Name(Mask mask) {
+  return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "local";
+}
+
+// What all kernels of a variant share.
+struct Common {
+  int head_dim, head_dim_v, l2_bytes;
+  bool aligned;
+  std::string suffix;  // "_bf16_d128_causal"
+  std::string suffix_without_mask;
+};
+
+Common MakeCommon(const Variant& variant, const ArchInfo& arch) {
+  Common common;
+  common.head_dim = TileClass(variant.head_dim);
+  common.head_dim_v = TileClass(variant.head_dim_v);
+  common.l2_bytes = arch.l2_mb << 20;
+  // Rows of a multiple of 8 elements start on 16 bytes wherever the array does.
+  common.aligned = variant.head_dim % 8 == 0 && variant.head_dim_v % 8 == 0;
+  std::string dims = "_d" + std::to_string(common.head_dim);
+  if (common.head_dim_v != common.head_dim) dims += "x" + std::to_string(common.head_dim_v);
+  if (!common.aligned) dims += "_unaligned";
+  common.suffix_without_mask = std::string("_") + Name(variant.dtype) + dims;
+  common.suffix = common.suffix_without_mask + "_" + Name(variant.mask);
+  return common;
+}
+
+Fields CommonFields(const Variant& variant, const Common& common, int warps, int min_blocks) {
+  Fields fields;
+  AddBool(&fields, "kBf16", variant.dtype == DType::kBF16);
+  AddInt(&fields, "kHeadDim", common.head_dim);
+  AddInt(&fields, "kHeadDimV", common.head_dim_v);
+  AddBool(&fields, "kAligned", common.aligned);
+  AddInt(&fields, "kWarps", warps);
+  AddInt(&fields, "kMinBlocks", min_blocks);
+  return fields;
+}
+
+void AddTile(Fields* fields, const Variant& variant, const Common& common, int block_m,
+             int block_n, int stages, int smem_bytes) {
+  AddInt(fields, "kMask", static_cast<int>(variant.mask));
+  AddInt(fields, "kBlockM", block_m);
+  AddInt(fields, "kBlockN", block_n);
+  AddInt(fields, "kStages", stages);
+  AddInt(fields, "kSmemBytes", smem_bytes);
+  AddInt(fields, "kL2Bytes", common.l2_bytes);
+}
+
+// For tile sweeps only (built with -DJFA_TUNE; the library's plans depend on nothing but arguments):
+// JFA_TILES="fwd:128,64,4,1,2,0;bwd:64,128,8,2,1,4,4,2" overrides the tables.
+#ifdef JFA_TUNE
+bool OverrideTile(const std::string& key, std::vector<int>* values) {
+  const char* text = std::getenv("JFA_TILES");
+  if (text == nullptr) return false;
+  const std::string all = text;
+  const size_t at = all.find(key + ":");
+  if (at == std::string::npos) return false;
+  size_t pos = at + key.size() + 1;
+  values->clear();
+  while (pos < all.size() && all[pos] != ';') {
+    values->push_back(std::atoi(all.c_str() + pos));
+    while (pos < all.size() && std::isdigit(static_cast<unsigned char>(all[pos]))) ++pos;
+    if (pos < all.size() && all[pos] == ',') ++pos;
+  }
+  return true;
+}
+#else
+bool OverrideTile(const std::string&, std::vector<int>*) { return false; }
+#endif
+
+KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
+  FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
+  std::vector<int> v;
+  if (OverrideTile("fwd", &v) && v.size() == 6) tile = {v[0], v[1], v[2], v[3], v[4], v[5] != 0};
+  const int dims = common.head_dim + common.head_dim_v;
+  const int smem = 2 * (tile.block_m * common.head_dim + tile.stages * tile.block_n * dims);
+  Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddBool(&fields, "kQInRegs", tile.q_in_regs);
+  return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
+}
+
+KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
+  BwdTile tile = PickBwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb,
+                             variant.deterministic);
+  std::vector<int> v;
+  if (OverrideTile("bwd", &v) && v.size() == 8) {
+    tile = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+  }
+  const int dims = common.head_dim + common.head_dim_v;
+  const int smem = 2 * dims * (tile.block_n + tile.stages * tile.block_m) +
+                   4 * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m;
+  Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddBool(&fields, "kDqSums", !variant.deterministic);
+  AddInt(&fields, "kWarpsScoreN", tile.warps_score_n);
+  AddInt(&fields, "kWarpsKvN", tile.warps_kv_n);
+  AddInt(&fields, "kWarpsDqM", tile.warps_dq_m);
+  return {"bwd_sm80.cuh",
+          (variant.deterministic ? "jfa_bwd_dkdv_sm80" : "jfa_bwd_sm80") + common.suffix, fields,
+          tile.warps * 32, smem};
+}
+
+KernelSpec MakeBwdDq(const Variant& variant, const Common& common, const ArchInfo& arch) {
+  const DqTile tile = PickDqTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
+  const int dims = common.head_dim + common.head_dim_v;
+  const int smem = 2 * dims * (tile.block_m + tile.stages * tile.block_n);
+  Fields fields = CommonFields(variant, common, tile.warps, 1);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  return {"bwd_dq_sm80.cuh", "jfa_bwd_dq_sm80" + common.suffix, fields, tile.warps * 32, smem};
+}
+
+KernelSpec MakePreprocess(const Variant& variant, const Common& common) {
+  Fields fields = CommonFields(variant, common, 4, 1);
+  AddBool(&fields, "kDqSums", !variant.deterministic);
+  return {"bwd_preprocess.cuh",
+          (variant.deterministic ? "jfa_bwd_preprocess_det" : "jfa_bwd_preprocess") +
+              common.suffix_without_mask,
+          fields, 128, 0};
+}
+
+KernelSpec MakePostprocess(const Variant& variant, const Common& common) {
+  return {"bwd_postprocess.cuh", "jfa_bwd_postprocess" + common.suffix_without_mask,
+          CommonFields(variant, common, 4, 1), 128, 0};
+}
+
+std::string CheckHeadDim(const char* name, int head_dim) {
+  if (head_dim >= 1 && head_dim <= 256) return "";
+  return std::string(name) + ": expected 1 to 256 for the CUDA kernels, got " +
+         std::to_string(head_dim);
+}
+
+int64_t Field(const KernelSpec& kernel, const std::string& name) {
+  for (const auto& field : kernel.config) {
+    if (field.first == name) return std::atoll(field.second.c_str());
+  }
+  return 0;
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// File -> the struct in it and the parameters it takes; whether it uses shared memory.
+struct Entry {
+  const char *file, *type, *params;
+  bool smem;
+};
+constexpr Entry kEntries[] = {
+    {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
+    {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
+    {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
+    {"bwd_preprocess.cuh", "BwdPreprocess", "BwdParams", false},
+    {"bwd_postprocess.cuh", "BwdPostprocess", "BwdParams", false},
+};
+
+}  // namespace
+
+Plan MakePlan(const Variant& variant, int arch) {
+  Plan plan;
+  ArchInfo info;
+  if (!GetArchInfo(arch, &info)) {
+    plan.error = arch < kMinArch
+                     ? "GPU architecture: expected sm_80 (Ampere) or newer, got sm_" +
+                           std::to_string(arch)
+                     : "GPU architecture: expected one of sm_80, 86, 87, 89, 90, 100, 103, 120, "
+                       "121, got sm_" + std::to_string(arch);
+    return plan;
+  }
+  plan.error = CheckHeadDim("head_dim", variant.head_dim);
+  if (plan.error.empty()) plan.error = CheckHeadDim("head_dim_v", variant.head_dim_v);
+  if (!plan.error.empty()) return plan;
+
+  const Common common = MakeCommon(variant, info);
+  if (variant.op == Op::kFwd) {
+    plan.kernels = {MakeFwd(variant, common, info)};
+  } else if (variant.deterministic) {
+    plan.kernels = {MakePreprocess(variant, common), MakeBwdMain(variant, common, info),
+                    MakeBwdDq(variant, common, info)};
+  } else {
+    plan.kernels = {MakePreprocess(variant, common), MakeBwdMain(variant, common, info),
+                    MakePostprocess(variant, common)};
+  }
+  for (const KernelSpec& kernel : plan.kernels) {
+    if (kernel.smem_bytes > info.smem_kb * 1024) {
+      plan.error = kernel.symbol + ": shared memory: expected at most " +
+                   std::to_string(info.smem_kb * 1024) + " bytes, got " +
+                   std::to_string(kernel.smem_bytes);
+      plan.kernels.clear();
+      return plan;
+    }
+  }
+  return plan;
+}
+
+// All grids are one-dimensional: the kernels order their tiles themselves (ScheduleWork), and x
+// alone may exceed 65535.
+Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& problem) {
+  const KernelSpec& kernel = plan.kernels[index];
+  const int64_t q_heads = problem.batch * problem.num_kv_heads * problem.group;
+  int64_t count = 0;
+  if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
+    count = CeilDiv(problem.q_len, Field(kernel, "kBlockM")) * q_heads;
+  } else if (kernel.file == "bwd_sm80.cuh") {
+    count = CeilDiv(problem.kv_len, Field(kernel, "kBlockN")) * problem.batch *
+            problem.num_kv_heads;
+  } else if (kernel.file == "bwd_preprocess.cuh") {
+    count = CeilDiv(problem.q_len, kPreprocessRows) * q_heads;
+  } else if (kernel.file == "bwd_postprocess.cuh") {
+    count = CeilDiv(problem.q_len, kPostprocessRows) * q_heads;
+  }
+  return {static_cast<uint32_t>(count), 1, 1};
+}
+
+// The layout is BwdScratch in kernels/kv_source.cuh.
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t) {
+  if (variant.op == Op::kFwd) return 0;
+  const int64_t rows = CeilDiv(q_len, kRowPadding) * kRowPadding;
+  return group * rows * (2 + (variant.deterministic ? 0 : TileClass(variant.head_dim)));
+}
+
+std::string ArchName(int arch) {
+  // Hopper and Blackwell have instructions that only the architecture-specific target knows.
+  const bool specific = arch == 90 || arch == 100 || arch == 103 || arch == 120 || arch == 121;
+  return "sm_" + std::to_string(arch) + (specific ? "a" : "");
+}
+
+std::string SourceStub(const KernelSpec& kernel) {
+  std::string source = "#include \"" + kernel.file + "\"\n\nstruct Config {\n";
+  for (const auto& field : kernel.config) {
+    const bool is_bool = field.second == "true" || field.second == "false";
+    source += std::string("  static constexpr ") + (is_bool ? "bool " : "int ") + field.first +
+              " = " + field.second + ";\n";
+  }
+  source += "};\n\n";
+  for (const Entry& entry : kEntries) {
+    if (kernel.file != entry.file) continue;
+    // Tiles are addressed by XOR on their low bits: 128-byte alignment is what they need.
+    if (entry.smem) source += "extern __shared__ __align__(1024) unsigned char smem[];\n\n";
+    source += "extern \"C\" __global__ void __launch_bounds__(Config::kWarps * 32, "
+              "Config::kMinBlocks)\n" + kernel.symbol + "(const __grid_constant__ jfa::" +
+              entry.params + " params) {\n  jfa::" + entry.type + "<Config>::Run(params" +
+              (entry.smem ? ", smem" : "") + ");\n}\n";
+  }
+  return source;
+}
+
+std::string Describe(const Plan& plan) {
+  if (!plan.error.empty()) return "unsupported: " + plan.error + "\n";
+  std::string text;
+  for (const KernelSpec& kernel : plan.kernels) {
+    text += kernel.symbol + ":";
+    if (Field(kernel, "kBlockM") != 0) {
+      text += " tile " + std::to_string(Field(kernel, "kBlockM")) + "x" +
+              std::to_string(Field(kernel, "kBlockN")) + ", stages " +
+              std::to_string(Field(kernel, "kStages")) + ",";
+    }
+    text += " threads " + std::to_string(kernel.threads) + ", shared memory " +
+            std::to_string(kernel.smem_bytes) + " bytes\n";
+  }
+  return text;
+}
+
+}  // namespace jfa

@@ -1,0 +1,80 @@
+// What to run on a GPU: from static features (Variant) to kernels and from sizes to grids.
+//
+// Pure functions over plain structs: no CUDA call, no file, no global, so all of it is tested on a
+// machine without a GPU. Support rules live here and nowhere else; Python asks through module.cc.
+#ifndef JAX_FLASHATTN_CC_PLAN_H_
+#define JAX_FLASHATTN_CC_PLAN_H_
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace jfa {
+
+enum class Op { kFwd, kBwd };
+enum class DType { kF16, kBF16 };
+// What the mask does to the code. Causal is the one-sided case that needs no left bound.
+enum class Mask { kFull, kCausal, kLocal };
+
+// All that changes code. Lengths, offsets, window sizes, scale and group size are run-time values.
+struct Variant {
+  Op op;
+  DType dtype;
+  int head_dim;    // true sizes; the plan rounds them to a tile class
+  int head_dim_v;
+  Mask mask;
+  bool deterministic;  // backward only: bitwise repeatable dQ
+};
+
+// One kernel, ready to be compiled: the file under cc/kernels/, the fields of its `struct Config`,
+// and how it is launched. Two KernelSpecs with the same fields are the same code.
+struct KernelSpec {
+  std::string file;    // "fwd_sm80.cuh"
+  std::string symbol;  // extern "C" name, says the variant: "jfa_fwd_sm80_bf16_d128_causal"
+  std::vector<std::pair<std::string, std::string>> config;  // {"kHeadDim", "128"}: name, C++ value
+  int threads;
+  int smem_bytes;  // dynamic shared memory
+};
+
+// The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess).
+// `error` is non-empty, and kernels empty, when nothing supports the variant on that arch.
+struct Plan {
+  std::vector<KernelSpec> kernels;
+  std::string error;
+};
+
+// arch is major * 10 + minor: 80, 86, 89, 90, 100, 120.
+Plan MakePlan(const Variant& variant, int arch);
+
+// Sizes of one call, as Execute sees them (a shard's, under sharding).
+struct Problem {
+  int64_t batch;
+  int64_t num_kv_heads;
+  int64_t group;  // query heads per key head
+  int64_t q_len;
+  int64_t kv_len;
+};
+
+struct Grid {
+  uint32_t x, y, z;
+};
+// Grid of kernel `index` of the plan. Any zero extent means: nothing to launch.
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem);
+
+// float32 words of scratch that one (batch, kv head) needs; 0 for none. Depends on static sizes
+// only, since it is a result shape that XLA plans.
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t kv_len);
+
+// NVRTC's --gpu-architecture for an arch: "sm_80", "sm_90a".
+std::string ArchName(int arch);
+
+// Source that NVRTC compiles: `struct Config {...};`, `#include "<file>"` and the extern "C" entry.
+std::string SourceStub(const KernelSpec& kernel);
+
+// One line per kernel for people: symbol, tiles, threads, shared memory.
+std::string Describe(const Plan& plan);
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_PLAN_H_

@@ -1,0 +1,198 @@
+"""The CUDA kernels on a GPU against the float64 reference: `pytest -m gpu --gpu-report FILE`."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+from jax_flashattn import UnsupportedError, _native, attention
+from test_attention import poison_padding
+
+pytestmark = pytest.mark.gpu
+DTYPES = (jnp.bfloat16, jnp.float16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+LENGTHS = [(1, 1), (113, 203), (799, 3), (64, 64), (1, 300), (257, 511), (1024, 1024)]
+
+
+@dtypes
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("T", "S"), LENGTHS)
+def test_lengths(T, S, is_causal, dtype):
+    inputs = oracle.make_inputs(0, 2, T, S, 4, 2, 64, 64, dtype)
+    oracle.check(*inputs, is_causal=is_causal, query_offset="end")
+
+
+HEAD_DIMS = [8, 17, 32, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256]
+UNEQUAL = [(192, 128), (64, 128), (128, 64), (40, 256), (256, 24), (33, 57)]
+
+
+@dtypes
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("H", "Hv"), [*((d, d) for d in HEAD_DIMS), *UNEQUAL], ids=str)
+def test_head_dims(H, Hv, is_causal, dtype):
+    inputs = oracle.make_inputs(1, 1, 150, 267, 2, 1, H, Hv, dtype)
+    oracle.check(*inputs, is_causal=is_causal, query_offset="end")
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (6, 6), (6, 2), (8, 1), (32, 1)])
+@pytest.mark.parametrize("T", [1, 5, 150])
+def test_grouped_query(T, N, K, deterministic):
+    inputs = oracle.make_inputs(2, 2, T, 300, N, K, 64, 64, jnp.bfloat16)
+    oracle.check(*inputs, is_causal=True, query_offset="end", deterministic=deterministic)
+
+
+@pytest.mark.parametrize("offset", [-200, -64, -1, 0, 1, 63, 1000, 2**31 - 1, -(2**31), 10**12])
+def test_static_offset(offset):
+    inputs = oracle.make_inputs(3, 1, 150, 200, 2, 1, 64, 64, jnp.bfloat16)
+    oracle.check(*inputs, is_causal=True, query_offset=offset)
+
+
+def test_offset_per_sequence():
+    inputs = oracle.make_inputs(4, 6, 170, 290, 2, 1, 64, 64, jnp.bfloat16)
+    offsets = np.array([-(2**31), -71, -3, 0, 20, 2**31 - 1], np.int32)
+    oracle.check(*inputs, is_causal=True, query_offset=offsets)
+
+
+@dtypes
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("offset", [0, "end"])
+@pytest.mark.parametrize("H", [64, 100, 128, 256])
+def test_padding_never_leaks(H, offset, value, dtype):
+    q_lengths = np.array([0, 1, 63, 64, 65, 150, 999, -4], np.int32)
+    kv_lengths = np.array([170, 0, 64, 1, 129, 170, 2**31 - 1, 20], np.int32)
+    oracle.check(
+        *oracle.make_inputs(5, 8, 150, 170, 2, 1, H, 64, dtype),
+        poison=poison_padding(q_lengths, kv_lengths, value),
+        is_causal=True,
+        query_offset=offset,
+        query_seq_lengths=q_lengths,
+        key_value_seq_lengths=kv_lengths,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-4, -0.3, 2.0])
+def test_scale(scale):
+    q, k, v, dout, dlse = oracle.make_inputs(8, 1, 170, 170, 2, 2, 64, 64, jnp.bfloat16)
+    if scale < 0:
+        out = attention(q, k, v, scale=scale)
+        np.testing.assert_array_equal(out, attention(-q, k, v, scale=-scale))
+    else:
+        oracle.check(q, k, v, dout, dlse, scale=scale)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_combination(seed):
+    rng = np.random.default_rng(seed)
+    pick = lambda *x: x[rng.integers(len(x))]
+    T, S = pick((130, 130), (1, 513), (257, 65), (65, 300))
+    N, K = pick((4, 4), (4, 2), (3, 1))
+    H, Hv = pick((64, 64), (128, 128), (96, 80), (256, 256), (32, 32))
+    lengths = lambda n: rng.integers(0, n + 1, 2).astype(np.int32) if rng.random() < 0.5 else None
+    oracle.check(
+        *oracle.make_inputs(seed, 2, T, S, N, K, H, Hv, pick(*DTYPES)),
+        is_causal=bool(pick(False, True)),
+        query_offset=pick(0, "end", rng.integers(-80, 300, 2).astype(np.int32)),
+        query_seq_lengths=lengths(T),
+        key_value_seq_lengths=lengths(S),
+        deterministic=bool(pick(False, True)),
+    )
+
+
+def test_rows_that_see_nothing():
+    q, k, v, _, _ = oracle.make_inputs(6, 1, 4, 4, 1, 1, 64, 64, jnp.bfloat16)
+    out, lse = attention(q, k, v, is_causal=True, query_offset=-2, return_lse=True)
+    np.testing.assert_array_equal(np.asarray(out[0, :2], np.float32), np.zeros((2, 1, 64)))
+    np.testing.assert_array_equal(lse[0, 0, :2], [-np.inf, -np.inf])
+
+
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_deterministic_is_bitwise_repeatable(H):
+    inputs = oracle.make_inputs(11, 2, 1000, 1000, 6, 2, H, H, jnp.bfloat16)
+    options = (("is_causal", True), ("deterministic", True))
+    first = oracle._run(*inputs, {}, options)
+    for _ in range(5):
+        for x, y in zip(first, oracle._run(*inputs, {}, options), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_float32_is_refused():
+    q, k, v, _, _ = oracle.make_inputs(12, 1, 8, 8, 1, 1, 64, 64, jnp.float32)
+    with pytest.raises(UnsupportedError, match=r"float32.*implementation='xla'"):
+        attention(q, k, v)
+
+
+def layer(x, weight):
+    return x + weight * attention(x, x, x, is_causal=True), None
+
+
+def test_scan_and_checkpoint():
+    x = oracle.make_inputs(13, 2, 200, 200, 4, 4, 64, 64, jnp.bfloat16)[0]
+    weights = jnp.array([0.1, 0.2, 0.3], jnp.bfloat16)
+
+    def gradient(layer):
+        def loss(x):
+            y = jax.lax.scan(layer, x, weights)[0]
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        return np.asarray(jax.jit(jax.grad(loss))(x), np.float32)
+
+    plain, remat = gradient(layer), gradient(jax.checkpoint(layer))
+    assert np.isfinite(plain).all()
+    np.testing.assert_allclose(plain, remat, atol=0.02 * np.abs(plain).max())
+
+
+def test_several_streams():
+    f = jax.jit(lambda *x: attention(*x, is_causal=True))
+    many = [oracle.make_inputs(i, 2, 300, 300, 4, 2, 64, 64, jnp.bfloat16)[:3] for i in range(8)]
+    expected = [np.asarray(f(*x), np.float32) for x in many]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for got, one in zip(pool.map(lambda x: f(*x), many), expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(got, np.float32), one)
+
+
+def test_captured_into_a_cuda_graph(tmp_path, run_python):
+    """Command buffers hold the custom calls, and replays give what separate launches give."""
+    run_python(
+        """
+        import jax, jax.numpy as jnp, numpy as np, oracle
+        from jax_flashattn import attention
+        q, k, v, _, _ = oracle.make_inputs(0, 2, 200, 200, 4, 2, 64, 64, jnp.bfloat16)
+        def f(q):
+            for _ in range(8):
+                q = attention(q, k, v, is_causal=True)
+            return q
+        graph = jax.jit(f)
+        launches = jax.jit(f).lower(q).compile(
+            compiler_options={"xla_gpu_enable_command_buffer": ""})
+        expected = np.asarray(launches(q), np.float32)
+        for _ in range(5):
+            np.testing.assert_array_equal(np.asarray(graph(q), np.float32), expected)
+        """,
+        JAX_PLATFORMS="cuda",
+        XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+    )
+    dumps = list(tmp_path.glob("*thunk_sequence*"))
+    text = "".join(path.read_text() for path in dumps)
+    assert "kCommandBuffer" in text, [path.name for path in tmp_path.iterdir()]
+    assert re.search(r"kCommandBuffer[\s\S]*kCustomCall", text)
+
+
+def test_no_compile_for_new_values():
+    """Lengths, offsets and scales are run-time values: none compiles a kernel."""
+    call = lambda T, S, offset, scale: attention(
+        *oracle.make_inputs(0, 1, T, S, 2, 1, 64, 64, jnp.bfloat16)[:3],
+        is_causal=True,
+        query_offset=offset,
+        scale=scale,
+    )
+    call(10, 20, 0, 0.1)
+    before = _native.jit_stats()["compiles"]
+    for T, S, offset, scale in ((11, 20, 0, 0.1), (300, 700, 5, 0.2), (1, 1, -3, 7.0)):
+        call(T, S, offset, scale)
+    assert _native.jit_stats()["compiles"] == before
