@@ -71,7 +71,8 @@ bool AtLeast(const Nvrtc& nvrtc, int major, int minor) {
 std::vector<std::string> Options(const Nvrtc& nvrtc, const std::string& arch_name) {
   std::vector<std::string> options = {
       "--gpu-architecture=" + arch_name,  // sm_XX: a cubin for exactly this GPU, never PTX
-      "--std=c++17", "--device-as-default-execution-space",
+      "--std=c++17",
+      "--device-as-default-execution-space",
       "--ptxas-options=-v",  // the log then has register counts and spills
   };
   // NVRTC's own cache, from 12.9 on, drops the log on a hit, and we have one of our own.

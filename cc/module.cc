@@ -89,8 +89,8 @@ nb::dict ToDict(const jfa::jit::Result& result) {
 
 nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
                  bool is_causal, bool deterministic, int arch) {
-  const jfa::Plan plan = jfa::MakePlan(
-      ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch);
+  const jfa::Plan plan =
+      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch);
   nb::dict dict;
   nb::list kernels;
   for (const jfa::KernelSpec& kernel : plan.kernels) {
@@ -115,8 +115,8 @@ nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int
   std::vector<jfa::jit::Result> results;
   {
     nb::gil_scoped_release release;
-    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic),
-                         arch, &results));
+    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch,
+                         &results));
   }
   nb::list list;
   for (const auto& result : results) list.append(ToDict(result));
@@ -190,8 +190,8 @@ NB_MODULE(_native, m) {
   m.def("cuda_devices", &CudaDevices);
   m.def(
       "cuda_scratch_floats",
-      [](const std::string& dtype, int head_dim, int head_dim_v, bool is_causal,
-         bool deterministic, int64_t group, int64_t q_len, int64_t kv_len) {
+      [](const std::string& dtype, int head_dim, int head_dim_v, bool is_causal, bool deterministic,
+         int64_t group, int64_t q_len, int64_t kv_len) {
         return jfa::ScratchFloats(
             ToVariant("bwd", dtype, head_dim, head_dim_v, is_causal, deterministic), group, q_len,
             kv_len);

@@ -1,15 +1,13 @@
 #include "cc/plan.h"
 
 #include <algorithm>
-#include <cctype>
-#include <cstdlib>
 
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;        // BwdScratch::kRowPadding
-constexpr int kPreprocessRows = 128;    // BwdPreprocess::kRows
-constexpr int kPostprocessRows = 32;    // BwdPostprocess::kRows
+constexpr int kRowPadding = 128;      // BwdScratch::kRowPadding
+constexpr int kPreprocessRows = 128;  // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;  // BwdPostprocess::kRows
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
@@ -18,6 +16,21 @@ int TileClass(int head_dim) {
     if (head_dim <= size) return size;
   }
   return 0;
+}
+
+struct TileClasses {
+  int head_dim, head_dim_v;
+};
+
+// Forward takes any pair. In backward eight warps cut dK, dV and dQ into whole 16 x 16 blocks along
+// the head dims, in as many parts as the larger class asks for; the smaller one must allow them.
+TileClasses ClassesOf(const Variant& variant) {
+  const TileClasses own = {TileClass(variant.head_dim), TileClass(variant.head_dim_v)};
+  if (variant.op == Op::kFwd || own.head_dim == own.head_dim_v) return own;
+  const int larger = std::max(own.head_dim, own.head_dim_v);
+  const int granule = larger == 256 ? 128 : larger >= 128 ? 64 : 32;
+  const auto fit = [granule](int size) { return (size + granule - 1) / granule * granule; };
+  return {fit(own.head_dim), fit(own.head_dim_v)};
 }
 
 // What of an architecture the tables depend on.
@@ -29,16 +42,35 @@ struct ArchInfo {
 // Returns false for an architecture without support.
 bool GetArchInfo(int arch, ArchInfo* info) {
   switch (arch) {
-    case 80: *info = {163, 40}; return true;
-    case 86: *info = {99, 6}; return true;
-    case 87: *info = {163, 4}; return true;
-    case 89: *info = {99, 48}; return true;
-    case 90: *info = {227, 50}; return true;
-    case 100: *info = {227, 96}; return true;
-    case 103: *info = {227, 96}; return true;
-    case 120: *info = {99, 64}; return true;
-    case 121: *info = {99, 24}; return true;
-    default: return false;
+    case 80:
+      *info = {163, 40};
+      return true;
+    case 86:
+      *info = {99, 6};
+      return true;
+    case 87:
+      *info = {163, 4};
+      return true;
+    case 89:
+      *info = {99, 48};
+      return true;
+    case 90:
+      *info = {227, 50};
+      return true;
+    case 100:
+      *info = {227, 96};
+      return true;
+    case 103:
+      *info = {227, 96};
+      return true;
+    case 120:
+      *info = {99, 64};
+      return true;
+    case 121:
+      *info = {99, 24};
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -47,11 +79,11 @@ struct FwdTile {
   bool q_in_regs;
 };
 
-// Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns 32
-// rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers and
-// it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
-//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307; 3 CTAs 292/241
-//   d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
+// Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns
+// 32 rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers
+// and it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
+//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307; 3 CTAs
+//   292/241 d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
 //   d192  64x64 339/317; 128x64 8 warps 315/305
 //   d256  64x64 330/265; 128x64 8 warps 312/270; 64x48 315/276; 64x32, 2 stages 302/263
 // The other architectures' rows follow from shared memory and are not measured.
@@ -59,22 +91,32 @@ FwdTile PickFwdTile(int size, int smem_kb) {
   if (smem_kb < 128) {
     // About 100 KB per multiprocessor: smaller key blocks keep two CTAs on it up to head dim 128.
     switch (size) {
-      case 32: return {128, 128, 4, 1, 2, true};
-      case 64: return {128, 64, 4, 1, 2, true};
-      case 96: return {128, 64, 4, 1, 2, false};
-      case 128: return {128, 32, 4, 1, 2, false};
-      case 192: return {128, 64, 8, 1, 1, false};
-      default: return {64, 64, 4, 1, 1, false};
+      case 32:
+        return {128, 128, 4, 1, 2, true};
+      case 64:
+        return {128, 64, 4, 1, 2, true};
+      case 96:
+        return {128, 64, 4, 1, 2, false};
+      case 128:
+        return {128, 32, 4, 1, 2, false};
+      case 192:
+        return {128, 64, 8, 1, 1, false};
+      default:
+        return {64, 64, 4, 1, 1, false};
     }
   }
   switch (size) {
-    case 32: return {128, 128, 4, 1, 2, true};
-    case 64: return {128, 64, 4, 2, 2, true};
-    case 96: return {128, 64, 4, 1, 2, false};
-    case 128: return {128, 64, 4, 1, 2, false};
+    case 32:
+      return {128, 128, 4, 1, 2, true};
+    case 64:
+      return {128, 64, 4, 2, 2, true};
+    case 96:
+      return {128, 64, 4, 1, 2, false};
+    case 128:
+      return {128, 64, 4, 1, 2, false};
     // Two CTAs of 96 KB where they fit, else one with twice the rows.
-    default: return smem_kb >= 200 ? FwdTile{64, 64, 4, 1, 2, false}
-                                   : FwdTile{128, 64, 8, 1, 1, false};
+    default:
+      return smem_kb >= 200 ? FwdTile{64, 64, 4, 1, 2, false} : FwdTile{128, 64, 8, 1, 1, false};
   }
 }
 
@@ -94,22 +136,34 @@ struct BwdTile {
 BwdTile PickBwdTile(int size, int smem_kb, bool deterministic) {
   if (smem_kb < 128) {
     switch (size) {
-      case 32: return {64, 128, 8, 2, 1, 4, 4, 4};
-      case 64: return {64, 128, 8, 1, 1, 4, 4, 4};
-      case 96: return {64, 64, 8, 1, 1, 4, 4, 4};
-      case 128: return {64, 64, 8, 1, 1, 4, 4, 4};
-      case 192: return {32, 64, 8, 1, 1, 4, 4, 2};
-      default: return {32, 32, 4, 1, 1, 2, 2, 2};
+      case 32:
+        return {64, 128, 8, 2, 1, 4, 4, 4};
+      case 64:
+        return {64, 128, 8, 1, 1, 4, 4, 4};
+      case 96:
+        return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 128:
+        return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 192:
+        return {32, 64, 8, 1, 1, 4, 4, 2};
+      default:
+        return {32, 32, 4, 1, 1, 2, 2, 2};
     }
   }
   switch (size) {
-    case 32: return {128, 128, 8, 2, 1, 4, 4, 4};
-    case 64: return {128, 128, 8, 2, 1, 2, 4, 4};
-    case 96: return {64, 128, 8, 2, 1, 4, 4, 4};
+    case 32:
+      return {128, 128, 8, 2, 1, 4, 4, 4};
+    case 64:
+      return {128, 128, 8, 2, 1, 2, 4, 4};
+    case 96:
+      return {64, 128, 8, 2, 1, 4, 4, 4};
     // Without the dQ product ptxas spills a few bytes unless scores are split 2 x 4, not 4 x 2.
-    case 128: return {64, 128, 8, 2, 1, deterministic ? 2 : 4, 4, 2};
-    case 192: return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 4, 4, 2};
-    default: return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 2, 2, 1};
+    case 128:
+      return {64, 128, 8, 2, 1, deterministic ? 2 : 4, 4, 2};
+    case 192:
+      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 4, 4, 2};
+    default:
+      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 2, 2, 1};
   }
 }
 
@@ -151,8 +205,9 @@ struct Common {
 
 Common MakeCommon(const Variant& variant, const ArchInfo& arch) {
   Common common;
-  common.head_dim = TileClass(variant.head_dim);
-  common.head_dim_v = TileClass(variant.head_dim_v);
+  const TileClasses classes = ClassesOf(variant);
+  common.head_dim = classes.head_dim;
+  common.head_dim_v = classes.head_dim_v;
   common.l2_bytes = arch.l2_mb << 20;
   // Rows of a multiple of 8 elements start on 16 bytes wherever the array does.
   common.aligned = variant.head_dim % 8 == 0 && variant.head_dim_v % 8 == 0;
@@ -175,8 +230,8 @@ Fields CommonFields(const Variant& variant, const Common& common, int warps, int
   return fields;
 }
 
-void AddTile(Fields* fields, const Variant& variant, const Common& common, int block_m,
-             int block_n, int stages, int smem_bytes) {
+void AddTile(Fields* fields, const Variant& variant, const Common& common, int block_m, int block_n,
+             int stages, int smem_bytes) {
   AddInt(fields, "kMask", static_cast<int>(variant.mask));
   AddInt(fields, "kBlockM", block_m);
   AddInt(fields, "kBlockN", block_n);
@@ -185,32 +240,8 @@ void AddTile(Fields* fields, const Variant& variant, const Common& common, int b
   AddInt(fields, "kL2Bytes", common.l2_bytes);
 }
 
-// For tile sweeps only (built with -DJFA_TUNE; the library's plans depend on nothing but arguments):
-// JFA_TILES="fwd:128,64,4,1,2,0;bwd:64,128,8,2,1,4,4,2" overrides the tables.
-#ifdef JFA_TUNE
-bool OverrideTile(const std::string& key, std::vector<int>* values) {
-  const char* text = std::getenv("JFA_TILES");
-  if (text == nullptr) return false;
-  const std::string all = text;
-  const size_t at = all.find(key + ":");
-  if (at == std::string::npos) return false;
-  size_t pos = at + key.size() + 1;
-  values->clear();
-  while (pos < all.size() && all[pos] != ';') {
-    values->push_back(std::atoi(all.c_str() + pos));
-    while (pos < all.size() && std::isdigit(static_cast<unsigned char>(all[pos]))) ++pos;
-    if (pos < all.size() && all[pos] == ',') ++pos;
-  }
-  return true;
-}
-#else
-bool OverrideTile(const std::string&, std::vector<int>*) { return false; }
-#endif
-
 KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
   FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
-  std::vector<int> v;
-  if (OverrideTile("fwd", &v) && v.size() == 6) tile = {v[0], v[1], v[2], v[3], v[4], v[5] != 0};
   const int dims = common.head_dim + common.head_dim_v;
   const int smem = 2 * (tile.block_m * common.head_dim + tile.stages * tile.block_n * dims);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
@@ -222,10 +253,6 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
   BwdTile tile = PickBwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb,
                              variant.deterministic);
-  std::vector<int> v;
-  if (OverrideTile("bwd", &v) && v.size() == 8) {
-    tile = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-  }
   const int dims = common.head_dim + common.head_dim_v;
   const int smem = 2 * dims * (tile.block_n + tile.stages * tile.block_m) +
                    4 * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m;
@@ -297,11 +324,12 @@ Plan MakePlan(const Variant& variant, int arch) {
   Plan plan;
   ArchInfo info;
   if (!GetArchInfo(arch, &info)) {
-    plan.error = arch < kMinArch
-                     ? "GPU architecture: expected sm_80 (Ampere) or newer, got sm_" +
-                           std::to_string(arch)
-                     : "GPU architecture: expected one of sm_80, 86, 87, 89, 90, 100, 103, 120, "
-                       "121, got sm_" + std::to_string(arch);
+    plan.error =
+        arch < kMinArch
+            ? "GPU architecture: expected sm_80 (Ampere) or newer, got sm_" + std::to_string(arch)
+            : "GPU architecture: expected one of sm_80, 86, 87, 89, 90, 100, 103, 120, "
+              "121, got sm_" +
+                  std::to_string(arch);
     return plan;
   }
   plan.error = CheckHeadDim("head_dim", variant.head_dim);
@@ -339,8 +367,8 @@ Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& proble
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
     count = CeilDiv(problem.q_len, Field(kernel, "kBlockM")) * q_heads;
   } else if (kernel.file == "bwd_sm80.cuh") {
-    count = CeilDiv(problem.kv_len, Field(kernel, "kBlockN")) * problem.batch *
-            problem.num_kv_heads;
+    count =
+        CeilDiv(problem.kv_len, Field(kernel, "kBlockN")) * problem.batch * problem.num_kv_heads;
   } else if (kernel.file == "bwd_preprocess.cuh") {
     count = CeilDiv(problem.q_len, kPreprocessRows) * q_heads;
   } else if (kernel.file == "bwd_postprocess.cuh") {
@@ -353,7 +381,7 @@ Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& proble
 int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t) {
   if (variant.op == Op::kFwd) return 0;
   const int64_t rows = CeilDiv(q_len, kRowPadding) * kRowPadding;
-  return group * rows * (2 + (variant.deterministic ? 0 : TileClass(variant.head_dim)));
+  return group * rows * (2 + (variant.deterministic ? 0 : ClassesOf(variant).head_dim));
 }
 
 std::string ArchName(int arch) {
@@ -374,10 +402,12 @@ std::string SourceStub(const KernelSpec& kernel) {
     if (kernel.file != entry.file) continue;
     // Tiles are addressed by XOR on their low bits: 128-byte alignment is what they need.
     if (entry.smem) source += "extern __shared__ __align__(1024) unsigned char smem[];\n\n";
-    source += "extern \"C\" __global__ void __launch_bounds__(Config::kWarps * 32, "
-              "Config::kMinBlocks)\n" + kernel.symbol + "(const __grid_constant__ jfa::" +
-              entry.params + " params) {\n  jfa::" + entry.type + "<Config>::Run(params" +
-              (entry.smem ? ", smem" : "") + ");\n}\n";
+    source +=
+        "extern \"C\" __global__ void __launch_bounds__(Config::kWarps * 32, "
+        "Config::kMinBlocks)\n" +
+        kernel.symbol + "(const __grid_constant__ jfa::" + entry.params +
+        " params) {\n  jfa::" + entry.type + "<Config>::Run(params" + (entry.smem ? ", smem" : "") +
+        ");\n}\n";
   }
   return source;
 }

@@ -21,7 +21,7 @@ enum class Mask { kFull, kCausal, kLocal };
 struct Variant {
   Op op;
   DType dtype;
-  int head_dim;    // true sizes; the plan rounds them to a tile class
+  int head_dim;  // true sizes; the plan rounds them to a tile class
   int head_dim_v;
   Mask mask;
   bool deterministic;  // backward only: bitwise repeatable dQ

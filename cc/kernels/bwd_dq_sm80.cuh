@@ -4,7 +4,7 @@
 // One CTA = one row tile of one query head; keys are walked left to right. As in the forward, warp
 // w owns the 16-row blocks w, w + kWarps, ..., and dS stays in registers as operand A of dS K.
 // Barriers    __syncthreads only. kStages 2: K and V are loaded a block ahead; 1: after use.
-// Shared      Q, dO kBlockM * (kHeadDim + kHeadDimV); K, V kStages * kBlockN * (same); 2 bytes each.
+// Shared      Q, dO kBlockM * (kHeadDim + kHeadDimV); K, V kStages * kBlockN * (same), times 2.
 // Registers   dQ kRowBlocks * kHeadDim / 2, S and dP kRowBlocks * kBlockN / 2 each.
 #ifndef JAX_FLASHATTN_CC_KERNELS_BWD_DQ_SM80_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_BWD_DQ_SM80_CUH_
@@ -73,8 +73,7 @@ struct BwdDqSm80 {
       load_v.Load(smem_v, keys.begin * C::kBlockN, sequence.kv_len);
       CpAsyncCommit();
 
-      const BwdScratch scratch =
-          BwdScratch::Of<false, C::kHeadDim>(params, work.batch, work.head);
+      const BwdScratch scratch = BwdScratch::Of<false, C::kHeadDim>(params, work.batch, work.head);
       float lse[2 * kRowBlocks], delta[2 * kRowBlocks];
 #pragma unroll
       for (int r = 0; r < 2 * kRowBlocks; ++r) {

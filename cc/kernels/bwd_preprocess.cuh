@@ -16,7 +16,7 @@ struct BwdPreprocess {
   static constexpr int kThreads = C::kWarps * kWarpSize;
   static constexpr int kRows = BwdScratch::kRowPadding;
   // Smallest power of two that covers a row in 8-element chunks.
-  static constexpr int kLanes = C::kHeadDimV <= 32   ? 4
+  static constexpr int kLanes = C::kHeadDimV <= 32    ? 4
                                 : C::kHeadDimV <= 64  ? 8
                                 : C::kHeadDimV <= 128 ? 16
                                                       : 32;
@@ -66,10 +66,10 @@ struct BwdPreprocess {
     for (int step = 0; step < kRows; step += kRowStep) {
       const int row = row0 + step + thread / kLanes;
       const bool in_length = row < sequence.q_len;
-      float sum = in_length ? Product(out + row * params.out.row_stride,
-                                      dout + row * params.dout.row_stride,
-                                      problem.head_dim_v - column)
-                            : 0.f;
+      float sum = in_length
+                      ? Product(out + row * params.out.row_stride,
+                                dout + row * params.dout.row_stride, problem.head_dim_v - column)
+                      : 0.f;
 #pragma unroll
       for (int distance = kLanes / 2; distance > 0; distance /= 2) {
         sum += __shfl_xor_sync(kFullWarp, sum, distance);

@@ -16,8 +16,8 @@
 //             all rows would keep P^T in registers, but needs a quarter more reads of Q and dO, and
 //             shared-memory reads are what bounds this kernel.
 // Barriers    __syncthreads: (1) Q, dO of this step are there, and P, dS of the last are done with;
-//             (2) P, dS are there; with kStages 1 (3) Q, dO are done with: load the next ones, under
-//             the dQ product.
+//             (2) P, dS are there; with kStages 1 (3) Q, dO are done with: load the next ones,
+//             under the dQ product.
 // Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); P^T, dS^T
 //             2 * kBlockN * kBlockM; times 2 bytes; LSE and delta kStages * kBlockM * 8 bytes.
 // Registers   dK and dV kBlockN * (kHeadDim + kHeadDimV) / threads, S and dP (or dQ) at one time
@@ -117,12 +117,13 @@ struct BwdSm80 {
       if (row_block * 16 < q_len) {
 #pragma unroll
         for (int n = 0; n < kDqD; ++n) {
-          float* block = sums + (static_cast<int64>(row_block) * (C::kHeadDim / 16) + part_d +
-                                 kWarpsDqD * n) * 256;
+          float* block =
+              sums +
+              (static_cast<int64>(row_block) * (C::kHeadDim / 16) + part_d + kWarpsDqD * n) * 256;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float(&left)[4] = dq[m][2 * n];
-            const float(&right)[4] = dq[m][2 * n + 1];
+            const float (&left)[4] = dq[m][2 * n];
+            const float (&right)[4] = dq[m][2 * n + 1];
 #if __CUDA_ARCH__ >= 900
             RedAdd4(block + DqElement(half, 0, lane), left[2 * half], left[2 * half + 1],
                     right[2 * half], right[2 * half + 1]);
@@ -163,11 +164,11 @@ struct BwdSm80 {
     const ProblemParams& problem = params.problem;
     const int num_key_tiles = CeilDiv(problem.kv_len, kN);
     // Key tile 0 is seen by most rows of a causal mask, so tiles in order are longest first.
-    const WorkItem work = ScheduleWork(
-        blockIdx.x, num_key_tiles, problem.batch, problem.num_kv_heads, 1,
-        static_cast<int64>(problem.q_len) * problem.group *
-            (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-        C::kL2Bytes);
+    const WorkItem work =
+        ScheduleWork(blockIdx.x, num_key_tiles, problem.batch, problem.num_kv_heads, 1,
+                     static_cast<int64>(problem.q_len) * problem.group *
+                         (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
+                     C::kL2Bytes);
     const int key0 = work.block * kN;
     const Sequence sequence(problem, work.batch, work.head);
     const BandMask<kMask> mask(sequence.q_len, sequence.kv_len, sequence.offset,

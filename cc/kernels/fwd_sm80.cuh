@@ -9,8 +9,8 @@
 // Warps       all alike; warp w owns the 16-row blocks w, w + kWarps, ... (kRowBlocks of them: two
 //             where registers allow, since each K and V fragment read is then used twice).
 // Blocks      right to left: the ones that a causal mask or the end of the keys cut come first.
-// Barriers    only __syncthreads. kStages 1: K and V have one buffer each; V loads during Q K^T, the
-//             next K during softmax and P V; two barriers a block. kStages 2: K and V have two
+// Barriers    only __syncthreads. kStages 1: K and V have one buffer each; V loads during Q K^T,
+//             the next K during softmax and P V; two barriers a block. kStages 2: K and V have two
 //             buffers, loaded a block ahead; one barrier a block.
 // Shared      Q kBlockM * kHeadDim, K and V kStages * kBlockN * (kHeadDim + kHeadDimV), times 2
 //             bytes; the output tile reuses all of it. plan.cc computes the same sum.
@@ -73,8 +73,8 @@ struct FwdSm80 {
 
   // out += P V. Weights are computed 16 keys at a time, just before the product that needs them, so
   // that the exponentials of one step can run under the tensor work of the step before.
-  static JFA_DEVICE void OutputGemm(Output& out, const Scores& s, OnlineSoftmax<kRowBlocks>& softmax,
-                                    const OperandV& op_v) {
+  static JFA_DEVICE void OutputGemm(Output& out, const Scores& s,
+                                    OnlineSoftmax<kRowBlocks>& softmax, const OperandV& op_v) {
 #pragma unroll
     for (int k = 0; k < kKeyBlocks; ++k) {
       uint32 p[kRowBlocks][4];

@@ -19,11 +19,11 @@ struct WorkItem {
 JFA_DEVICE WorkItem ScheduleWork(uint32 index, int num_blocks, int batch, int heads, int unit,
                                  int64 bytes_per_unit, int l2_bytes) {
   const int total = batch * heads;
-  int units = static_cast<int>(
-      Clamp(static_cast<int64>(l2_bytes / 2) / Max(bytes_per_unit, int64{1}), int64{1},
-            static_cast<int64>(total)));
-  const uint32 section_heads = static_cast<uint32>(Min(units * static_cast<int64>(unit),
-                                                       static_cast<int64>(total)));
+  int units =
+      static_cast<int>(Clamp(static_cast<int64>(l2_bytes / 2) / Max(bytes_per_unit, int64{1}),
+                             int64{1}, static_cast<int64>(total)));
+  const uint32 section_heads =
+      static_cast<uint32>(Min(units * static_cast<int64>(unit), static_cast<int64>(total)));
   const uint32 section = index / (section_heads * num_blocks);
   const uint32 rest = index - section * section_heads * num_blocks;
   const uint32 first = section * section_heads;
@@ -72,9 +72,10 @@ struct BwdScratch {
     const int64 rows = CeilDiv(p.problem.q_len, kRowPadding) * static_cast<int64>(kRowPadding);
     const int64 per_head = rows * (2 + (kDqSums ? kHeadDim : 0));
     const int kv_head = head / p.problem.group;
-    float* base = p.scratch +
-                  (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
-                  (head - kv_head * p.problem.group) * per_head;
+    float* base =
+        p.scratch +
+        (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
+        (head - kv_head * p.problem.group) * per_head;
     return {base, base + rows, base + 2 * rows};
   }
 };

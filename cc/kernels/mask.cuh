@@ -43,10 +43,10 @@ struct BandMask {
     low = window_left == kIntMax
               ? -num_q
               : static_cast<int>(Clamp(static_cast<int64>(offset) - window_left, least, most));
-    high = window_right == kIntMax
-               ? num_kv
-               : static_cast<int>(
-                     Clamp(static_cast<int64>(offset) + window_right + 1, least, most));
+    high =
+        window_right == kIntMax
+            ? num_kv
+            : static_cast<int>(Clamp(static_cast<int64>(offset) + window_right + 1, least, most));
   }
 
   // Key blocks that some row of [row_begin, row_end) sees.

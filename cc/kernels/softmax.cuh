@@ -18,8 +18,8 @@ struct OnlineSoftmax {
   static constexpr int kRows = 2 * kM;
   static constexpr float kSlack = 8.f;
 
-  // Minus the reference of a row that has seen nothing yet: far below any logit, but finite, so that
-  // such a row needs no special case (hidden logits weigh 0, and its first key raises it).
+  // Minus the reference of a row that has seen nothing yet: far below any logit, but finite, so
+  // that such a row needs no special case (hidden logits weigh 0, and its first key raises it).
   static constexpr float kNothingSeen = 3e38f;
 
   float scale;                 // |scale| * log2(e), never 0

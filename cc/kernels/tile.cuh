@@ -25,9 +25,7 @@ struct SmemTile {
   static_assert(kCols % 32 == 0, "a row is a whole number of permuted chunk groups");
   static_assert(kRows % 16 == 0, "tiles are made of 16 x 16 blocks");
 
-  static JFA_DEVICE int Permutation(int row) {
-    return kGroup == 8 ? row & 7 : (row >> 1) & 3;
-  }
+  static JFA_DEVICE int Permutation(int row) { return kGroup == 8 ? row & 7 : (row >> 1) & 3; }
   static JFA_DEVICE uint32 Offset(int row, int chunk) {
     return row * kPitch + (chunk ^ Permutation(row)) * 16;
   }
@@ -219,8 +217,8 @@ struct TileLoader {
         const bool row_valid = pass * Map::kRowStep < rows_left;
 #pragma unroll
         for (int group = 0; group < Map::kGroups; ++group) {
-          const uint32 target = tile + map.offset + pass * Map::kRowStep * Tile::kPitch +
-                                group * Map::kLanes * 16;
+          const uint32 target =
+              tile + map.offset + pass * Map::kRowStep * Tile::kPitch + group * Map::kLanes * 16;
           const bool valid = row_valid && group < valid_groups;
           const uint16* chunk = source + group * Map::kLanes * 8;
           if constexpr (kAligned) {
@@ -255,8 +253,7 @@ JFA_DEVICE void StoreTile(uint32 tile, void* matrix, int64 row_stride, int dim, 
   using Map = CopyMap<Tile, kThreads>;
   const Map map(ReadThreadIndex());
   const int valid_groups = map.ValidGroups(dim);
-  uint16* target =
-      static_cast<uint16*>(matrix) + (first_row + map.row) * row_stride + map.column;
+  uint16* target = static_cast<uint16*>(matrix) + (first_row + map.row) * row_stride + map.column;
   const int rows_left = end - first_row - map.row;
 #pragma unroll
   for (int pass = 0; pass < Map::kPasses; ++pass) {
