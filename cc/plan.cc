@@ -243,7 +243,8 @@ void AddTile(Fields* fields, const Variant& variant, const Common& common, int b
 KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
   FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
   const int dims = common.head_dim + common.head_dim_v;
-  const int smem = 2 * (tile.block_m * common.head_dim + tile.stages * tile.block_n * dims);
+  const int smem = 2 * std::max(tile.block_m * common.head_dim + tile.stages * tile.block_n * dims,
+                                tile.block_m * common.head_dim_v);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kQInRegs", tile.q_in_regs);

@@ -39,11 +39,12 @@ struct FwdSm80 {
   using TileV = SmemTile<C::kBlockN, C::kHeadDimV>;
   using TileO = SmemTile<C::kBlockM, C::kHeadDimV>;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
-  static constexpr int kSmemBytes = TileQ::kBytes + C::kStages * kStageBytes;
+  static constexpr int kInputBytes = TileQ::kBytes + C::kStages * kStageBytes;
+  // The output tile is staged where the inputs were; with wide values it may be the larger one.
+  static constexpr int kSmemBytes = kInputBytes > TileO::kBytes ? kInputBytes : TileO::kBytes;
 
   static_assert(C::kBlockM == kRowBlocks * 16 * C::kWarps, "every warp owns whole 16-row blocks");
   static_assert(C::kStages == 1 || C::kStages == 2, "the loop knows one or two buffers");
-  static_assert(TileO::kBytes <= kSmemBytes, "the output tile is staged where the inputs were");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Output = float[kRowBlocks][2 * kOutBlocks][4];
