@@ -7,6 +7,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import jax.numpy as jnp
 import numpy as np
+
 import oracle
 
 for H, Hv in ((64, 64), (128, 128), (256, 256), (40, 72), (17, 33)):

@@ -23,7 +23,7 @@ struct Problem {
   int64_t num_kv_heads;  // K, divides N; query head n reads key head n / (N / K)
   int64_t head_dim;      // H
   int64_t head_dim_v;    // Hv
-  float scale;  // > 0: the maximum is taken before scaling
+  float scale;           // > 0: the maximum is taken before scaling
   bool is_causal;
   int64_t query_offset;          // position of query 0 where query_offsets is null
   const int32_t* query_offsets;  // [batch]
