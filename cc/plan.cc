@@ -82,8 +82,9 @@ struct FwdTile {
 // Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns
 // 32 rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers
 // and it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
-//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307; 3 CTAs
-//   292/241 d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
+//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307;
+//         3 CTAs 292/241
+//   d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
 //   d192  64x64 339/317; 128x64 8 warps 315/305
 //   d256  64x64 330/265; 128x64 8 warps 312/270; 64x48 315/276; 64x32, 2 stages 302/263
 // The other architectures' rows follow from shared memory and are not measured.

@@ -91,7 +91,7 @@ window_loss = nnx.jit(loss_fn)
 def evaluate(model: GPT, windows: np.ndarray, batch: int) -> float:
     """Mean loss over all windows."""
     parts = np.split(windows, len(windows) // batch)
-    return float(np.mean([window_loss(model, part) for part in parts]))
+    return float(np.mean([window_loss(model, jnp.asarray(part)) for part in parts]))
 
 
 @nnx.jit
@@ -127,7 +127,7 @@ def plot(path: Path, losses: list[float], held_out: dict[int, float], bigram: fl
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains a small GPT.")
     parser.add_argument("--attention", choices=["kernels", "xla"], default="kernels")
     parser.add_argument("--steps", type=int, help=f"default: {DEFAULT_STEPS}")
     parser.add_argument("--seq-len", type=int, default=1024)

@@ -34,7 +34,7 @@ CASES = [
 ]
 
 
-def _jax_timer(program: Any, *args: jax.Array) -> Timer:
+def _jax_timer(program: Any, *args: Any) -> Timer:
     compiled = jax.jit(program).lower(*args).compile()
     for _ in range(3):
         jax.block_until_ready(compiled(*args))
