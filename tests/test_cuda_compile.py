@@ -17,6 +17,10 @@ MAIN_ARCHS = (80, 90)
 OTHER_ARCHS = (86, 89, 100, 120)
 
 
+# Bytes spilled, and of stack, where no tile that spills nothing was as fast (docs/performance.md).
+KNOWN_SPILLS = {("jfa_fwd_sm80_bf16_d128_causal", "sm_80"): (16, 8)}
+
+
 def covering_set():
     """(op, deterministic, dtype, H, Hv, is_causal, arch): every head dim with every op on two."""
     flip = itertools.cycle([("bfloat16", True), ("float16", False), ("bfloat16", False)])
@@ -31,12 +35,12 @@ def covering_set():
 
 
 @pytest.mark.parametrize("variant", list(covering_set()), ids=lambda v: "-".join(map(str, v)))
-def test_compiles_without_spills(variant, tmp_path, monkeypatch):
+def test_compiles_and_spills_no_more_than_known(variant, tmp_path, monkeypatch):
     op, deterministic, dtype, H, Hv, is_causal, arch = variant
     monkeypatch.setenv("JFA_CACHE_DIR", str(tmp_path))
     for kernel in _native.cuda_warm(op, dtype, H, Hv, is_causal, deterministic, arch):
-        assert kernel["spill_bytes"] == 0, kernel["symbol"]
-        assert kernel["local_bytes"] == 0, kernel["symbol"]
+        known = KNOWN_SPILLS.get((kernel["symbol"], kernel["arch"]), (0, 0))
+        assert (kernel["spill_bytes"], kernel["local_bytes"]) == known, kernel["symbol"]
         assert 0 < kernel["registers"] <= 255, kernel["symbol"]
 
 
