@@ -40,6 +40,16 @@ struct FwdParams {
   float* lse;  // [batch, num_heads, q_len], natural log
 };
 
+// A CUtensorMap of the driver, which the copy engine reads from the kernel's parameters.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
+struct FwdSm90Params {
+  TensorMap q, k, v, out;
+  FwdParams fwd;
+};
+
 struct BwdParams {
   ProblemParams problem;
   TensorArg q, k, v, out, dout;

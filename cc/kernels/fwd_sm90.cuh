@@ -1,0 +1,418 @@
+// Forward attention for Hopper: wgmma fed by the tensor copy engine (TMA).
+#ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
+
+#include "kv_source.cuh"
+#include "mask.cuh"
+#include "ptx_sm90.cuh"
+#include "softmax.cuh"
+
+namespace jfa {
+
+// Position in a ring of kStages buffers; the parity of a buffer's barriers flips with each round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32 parity = 0;
+  JFA_DEVICE void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class C>
+struct FwdSm90 {
+  static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+  static constexpr int kGroupThreads = 128;
+  static constexpr int kGroupRows = 64;  // of one warpgroup: M of wgmma
+  static constexpr int kConsumers = C::kBlockM / kGroupRows;
+  static constexpr int kKeySteps = C::kBlockN / 16;
+  static constexpr int kDimSteps = C::kHeadDim / 16;
+  static constexpr int kOutBlocks = C::kHeadDimV / 16;
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kConsumers == 2 ? 240 : 256;
+
+  // Tiles lie in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are
+  // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
+  static constexpr int kPanelColumns = 64;
+  static constexpr int kRowBytes = 2 * kPanelColumns;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelBytesM = C::kBlockM * kRowBytes;
+  static constexpr int kPanelBytesN = C::kBlockN * kRowBytes;
+  static constexpr int kBytesQ = kPanels * kPanelBytesM;
+  static constexpr int kBytesK = kPanels * kPanelBytesN;
+  static constexpr int kBytesV = kPanelsV * kPanelBytesN;
+
+  static constexpr int kSmemQ = 0;
+  static constexpr int kSmemK = (kPanels > kPanelsV ? kPanels : kPanelsV) * kPanelBytesM;
+  static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
+  static constexpr int kSmemBarriers = kSmemV + C::kStages * kBytesV;
+  static constexpr int kSmemBytes = kSmemBarriers + 8 * (2 + 4 * C::kStages);
+  enum Barrier {
+    kFullQ = 0,
+    kEmptyQ = 1,
+    kFullK = 2,
+    kEmptyK = kFullK + C::kStages,
+    kFullV = kEmptyK + C::kStages,
+    kEmptyV = kFullV + C::kStages,
+  };
+  enum NamedBarrier { kTurn = 1, kGroup = kTurn + 3 };  // of each consumer warpgroup
+
+  static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 3,
+                "a consumer warpgroup owns 64 rows");
+  static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
+  static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
+  static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
+
+  using Ring = RingPosition<C::kStages>;
+  using Output = float[1][2 * kOutBlocks][4];
+  using Scores = float[1][2 * kKeySteps][4];
+  using Weights = uint32[kKeySteps][4];
+
+  static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
+    return smem + kSmemBarriers + 8 * (barrier + stage);
+  }
+
+  // One row tile of one query head.
+  struct Tile {
+    int row0, batch, head, kv_head;
+    Sequence sequence;
+    BandMask<kMask> mask;
+    BlockRange keys;
+
+    static JFA_DEVICE uint32 Count(const ProblemParams& problem) {
+      return static_cast<uint32>(CeilDiv(problem.q_len, C::kBlockM)) * problem.batch *
+             problem.num_heads;
+    }
+    static JFA_DEVICE WorkItem Place(const ProblemParams& problem, uint32 index) {
+      const int num_row_tiles = CeilDiv(problem.q_len, C::kBlockM);
+      WorkItem work = ScheduleWork(
+          index, num_row_tiles, problem.batch, problem.num_heads, problem.group,
+          static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+          C::kL2Bytes);
+      // Under a causal mask the last rows see most: longest tiles first.
+      if (kMask != MaskKind::kFull) work.block = num_row_tiles - 1 - work.block;
+      return work;
+    }
+    JFA_DEVICE Tile(const ProblemParams& problem, uint32 index)
+        : Tile(problem, Place(problem, index)) {}
+    JFA_DEVICE Tile(const ProblemParams& problem, WorkItem work)
+        : row0(work.block * C::kBlockM),
+          batch(work.batch),
+          head(work.head),
+          kv_head(work.head / problem.group),
+          sequence(problem, batch, kv_head),
+          mask(sequence.q_len, sequence.kv_len, sequence.offset, problem.window_left,
+               problem.window_right),
+          keys(mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM)) {}
+  };
+
+  // --- producer: one thread ---------------------------------------------------------------------
+
+  template <int kPanelCount, int kPanelBytes>
+  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row, int head,
+                              int batch, uint64 policy) {
+    MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
+#pragma unroll
+    for (int panel = 0; panel < kPanelCount; ++panel) {
+      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
+              policy);
+    }
+  }
+
+  static JFA_DEVICE void Produce(const FwdSm90Params& params, uint32 smem) {
+    const ProblemParams& problem = params.fwd.problem;
+    const uint32 count = Tile::Count(problem);
+    Ring k, v;
+    uint32 parity_q = 0;
+    const auto load_v = [&](const Tile& tile, int block) {
+      MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
+      Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
+                                   Address(smem, kFullV, v.stage), block * C::kBlockN, tile.kv_head,
+                                   tile.batch, kL2EvictLast);
+      v.Advance();
+    };
+    for (uint32 index = blockIdx.x; index < count; index += gridDim.x) {
+      const Tile tile(problem, index);
+      MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
+      Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ), tile.row0,
+                                  tile.head, tile.batch, kL2EvictFirst);
+      parity_q ^= 1;
+      for (int block = tile.keys.end - 1; block >= tile.keys.begin; --block) {
+        MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
+        Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
+                                    Address(smem, kFullK, k.stage), block * C::kBlockN,
+                                    tile.kv_head, tile.batch, kL2EvictLast);
+        k.Advance();
+        // Values are needed one block later than keys.
+        if (block + 1 < tile.keys.end) load_v(tile, block + 1);
+      }
+      if (tile.keys.begin < tile.keys.end) load_v(tile, tile.keys.begin);
+    }
+  }
+
+  // --- consumers --------------------------------------------------------------------------------
+
+  // Shared memory operand in panels: rows in groups of 8 (1024 bytes); `leading` bytes from panel to
+  // panel, which counts only where a product's outer dimension runs over panels.
+  static JFA_DEVICE uint64 Descriptor(uint32 address, uint32 leading) {
+    constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = (8 * kRowBytes) >> 4;
+    return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |
+           (address & 0x3ffff) >> 4;
+  }
+
+  // s = Q K^T, started
+  static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k) {
+    const uint64 q = Descriptor(smem_q, 16), k = Descriptor(smem_k, 16);
+    Pin(s);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kDimSteps; ++step) {
+      const int panel = step / 4, within = step % 4 * 32;
+      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(
+          s, q + ((panel * kPanelBytesM + within) >> 4), k + ((panel * kPanelBytesN + within) >> 4),
+          step > 0);
+    }
+    WgmmaCommit();
+    Pin(s);
+  }
+
+  // out += P V, started
+  static JFA_DEVICE void OutputGemm(Output& out, const Weights& p, uint32 smem_v) {
+    const uint64 v = Descriptor(smem_v, kPanelBytesN);
+    Pin(out);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      Wgmma<C::kHeadDimV>::template Rs<C::kBf16, true>(out, p[step],
+                                                       v + ((step * 16 * kRowBytes) >> 4), 1);
+    }
+    WgmmaCommit();
+    Pin(out);
+  }
+
+  static JFA_DEVICE void Hide(Scores& s, const BandMask<kMask>& mask, int group_row, int key0) {
+    if (!mask.template NeedsMask<kGroupRows, C::kBlockN>(group_row, key0)) return;
+    const int thread = ReadThreadIndex();
+    const int row = group_row + thread / kWarpSize % 4 * 16 + thread % kWarpSize / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Window seen = mask.KeysOf(row + 8 * half).From(key0 + thread % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < 2 * kKeySteps; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& logit = s[0][n][2 * half + e];
+          if (!mask.InKeys(seen, 8 * n + e)) logit = -Infinity();
+        }
+      }
+    }
+  }
+
+  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax) {
+#pragma unroll
+    for (int n = 0; n < 2 * kKeySteps; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
+    }
+  }
+
+  static JFA_DEVICE void Pack(Weights& p, const Scores& s) {
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      PackBlock<C::kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
+    }
+  }
+
+  // One lane per warp: a buffer is free when all consumer warps say so.
+  static JFA_DEVICE void Arrive(uint32 barrier) {
+    if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
+  }
+
+  // Padding may hold NaN, which a weight of zero doesn't silence. TMA zeroes what lies beyond the
+  // array, this what lies beyond a sequence's length. Every consumer warpgroup does it for itself:
+  // that needs no barrier between them, and writing a zero twice does no harm.
+  static JFA_DEVICE void ClearValuesFrom(uint32 smem_v, int row, int group) {
+    for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
+         i += kGroupThreads) {
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) {
+        StoreShared16(smem_v + panel * kPanelBytesN + i * 16, make_uint4(0, 0, 0, 0));
+      }
+    }
+    FenceProxyAsync();
+    NamedBarrierSync(kGroup + group, kGroupThreads);
+  }
+
+  static JFA_DEVICE void TakeTurn(int group) {
+    if constexpr (C::kPingPong) NamedBarrierSync(kTurn + group, 2 * kGroupThreads);
+  }
+  static JFA_DEVICE void PassTurn(int group) {
+    if constexpr (C::kPingPong) {
+      NamedBarrierArrive(kTurn + (group + 1 == kConsumers ? 0 : group + 1), 2 * kGroupThreads);
+    }
+  }
+
+  static JFA_DEVICE void Consume(const FwdSm90Params& params, uint32 smem, int group) {
+    const ProblemParams& problem = params.fwd.problem;
+    const uint32 count = Tile::Count(problem);
+    Ring k, v;
+    uint32 parity_q = 0;
+    if (group == 0) {
+      if constexpr (C::kPingPong) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
+    }
+    const uint32 smem_q = smem + kSmemQ + group * kGroupRows * kRowBytes;
+
+    for (uint32 index = blockIdx.x; index < count; index += gridDim.x) {
+      const Tile tile(problem, index);
+      const int group_row = tile.row0 + group * kGroupRows;
+      Output out;
+      Clear(out);
+      OnlineSoftmax<1> softmax(problem.scale_log2);
+
+      MbarrierWait(Address(smem, kFullQ), parity_q);
+      parity_q ^= 1;
+
+      if (tile.keys.begin < tile.keys.end) {
+        int key0 = (tile.keys.end - 1) * C::kBlockN;
+        Scores s;
+        Weights p;
+        float factor[2];
+
+        MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+        ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+        WgmmaWait<0>();
+        Pin(s);
+        Arrive(Address(smem, kEmptyK, k.stage));
+        k.Advance();
+        Hide(s, tile.mask, group_row, key0);
+        softmax.Follow(s, factor);
+        Weigh(s, softmax);
+        Pack(p, s);
+
+        const int keys_left = tile.sequence.kv_len - key0;
+        if (keys_left < C::kBlockN && tile.sequence.kv_len < problem.kv_len) {
+          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+          ClearValuesFrom(smem + kSmemV + v.stage * kBytesV, keys_left, group);
+        }
+
+        const int first_key = tile.keys.begin * C::kBlockN;
+#pragma unroll 1
+        while (key0 > first_key) {
+          key0 -= C::kBlockN;
+          MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+          TakeTurn(group);
+          ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+          OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+          PassTurn(group);
+          WgmmaWait<1>();
+          Pin(s);
+          Arrive(Address(smem, kEmptyK, k.stage));
+          k.Advance();
+          Hide(s, tile.mask, group_row, key0);
+          const bool rescale = softmax.Follow(s, factor);
+          Weigh(s, softmax);
+          WgmmaWait<0>();
+          Pin(out);
+          Arrive(Address(smem, kEmptyV, v.stage));
+          v.Advance();
+          Pack(p, s);
+          if (rescale) softmax.Rescale(out, factor);
+        }
+
+        MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+        OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+        WgmmaWait<0>();
+        Pin(out);
+        Arrive(Address(smem, kEmptyV, v.stage));
+        v.Advance();
+      }
+      Store(params, tile, group, smem_q, Address(smem, kEmptyQ), softmax, out);
+    }
+  }
+
+  // Normalises, and writes out through the rows of Q's buffer that this warpgroup alone has read.
+  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group,
+                               uint32 smem_q, uint32 empty_q, const OnlineSoftmax<1>& softmax,
+                               Output& out) {
+    const ProblemParams& problem = params.fwd.problem;
+    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
+    const int warp = thread / kWarpSize;
+    const int group_row = tile.row0 + group * kGroupRows;
+    float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      OnlineSoftmax<1>::Result result = softmax.Finalize(half);
+      const int row = group_row + warp * 16 + lane / 4 + 8 * half;
+      const bool valid = row < tile.sequence.q_len;
+      if (lane % 4 == 0 && row < problem.q_len) lse[row] = valid ? result.lse : -Infinity();
+#pragma unroll
+      for (int n = 0; n < 2 * kOutBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          // A select, not a product with zero: padding rows of Q may have made NaN.
+          float& x = out[0][n][2 * half + e];
+          x = valid ? x * result.normalizer : 0.f;
+        }
+      }
+    }
+    NamedBarrierSync(kGroup + group, kGroupThreads);  // all warps are done with Q
+    const uint32 base = smem_q + (warp * 16 + (lane & 15)) * kRowBytes +
+                        (((lane >> 4) ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int n = 0; n < kOutBlocks; ++n) {
+      uint32 r[4];
+      PackBlock<C::kBf16>(r, out[0][2 * n], out[0][2 * n + 1]);
+      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytesM, r);
+    }
+    FenceProxyAsync();
+    NamedBarrierSync(kGroup + group, kGroupThreads);
+    if (thread == 0) {
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) {
+        TmaStore(&params.out, smem_q + panel * kPanelBytesM, panel * kPanelColumns, group_row,
+                 tile.head, tile.batch);
+      }
+      TmaStoreCommit();
+      TmaStoreWaitRead();
+      MbarrierArrive(empty_q);
+    }
+  }
+
+  static JFA_DEVICE void Run(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
+    if (threadIdx.x == 0) {
+      TmaPrefetch(&params.q);
+      TmaPrefetch(&params.k);
+      TmaPrefetch(&params.v);
+      TmaPrefetch(&params.out);
+      MbarrierInit(Address(smem, kFullQ), 1);
+      MbarrierInit(Address(smem, kEmptyQ), kConsumers);
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        MbarrierInit(Address(smem, kFullK, stage), 1);
+        MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
+        MbarrierInit(Address(smem, kFullV, stage), 1);
+        MbarrierInit(Address(smem, kEmptyV, stage), 4 * kConsumers);
+      }
+      FenceMbarrierInit();
+    }
+    __syncthreads();
+    if (group == 0) {
+      ReleaseRegisters<kProducerRegisters>();
+      if (threadIdx.x == 0) Produce(params, smem);
+    } else {
+      ClaimRegisters<kConsumerRegisters>();
+      Consume(params, smem, group - 1);
+    }
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
