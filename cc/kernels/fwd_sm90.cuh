@@ -48,7 +48,7 @@ struct FwdSm90 {
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
 
   static constexpr int kSmemQ = 0;
-  static constexpr int kSmemK = (kPanels > kPanelsV ? kPanels : kPanelsV) * kPanelBytesM;
+  static constexpr int kSmemK = kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemBarriers = kSmemV + C::kStages * kBytesV;
   static constexpr int kSmemBytes = kSmemBarriers + 8 * (2 + 4 * C::kStages);
@@ -77,6 +77,10 @@ struct FwdSm90 {
     return smem + kSmemBarriers + 8 * (barrier + stage);
   }
 
+  struct Place {
+    int row_tile, batch, head, kv_head;
+  };
+
   // One row tile of one query head.
   struct Tile {
     int row0, batch, head, kv_head;
@@ -84,31 +88,52 @@ struct FwdSm90 {
     BandMask<kMask> mask;
     BlockRange keys;
 
-    static JFA_DEVICE uint32 Count(const ProblemParams& problem) {
-      return static_cast<uint32>(CeilDiv(problem.q_len, C::kBlockM)) * problem.batch *
-             problem.num_heads;
-    }
-    static JFA_DEVICE WorkItem Place(const ProblemParams& problem, uint32 index) {
-      const int num_row_tiles = CeilDiv(problem.q_len, C::kBlockM);
-      WorkItem work = ScheduleWork(
-          index, num_row_tiles, problem.batch, problem.num_heads, problem.group,
-          static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-          C::kL2Bytes);
-      // Under a causal mask the last rows see most: longest tiles first.
-      if (kMask != MaskKind::kFull) work.block = num_row_tiles - 1 - work.block;
-      return work;
-    }
-    JFA_DEVICE Tile(const ProblemParams& problem, uint32 index)
-        : Tile(problem, Place(problem, index)) {}
-    JFA_DEVICE Tile(const ProblemParams& problem, WorkItem work)
-        : row0(work.block * C::kBlockM),
-          batch(work.batch),
-          head(work.head),
-          kv_head(work.head / problem.group),
+    JFA_DEVICE Tile(const ProblemParams& problem, const Place& place)
+        : row0(place.row_tile * C::kBlockM),
+          batch(place.batch),
+          head(place.head),
+          kv_head(place.kv_head),
           sequence(problem, batch, kv_head),
           mask(sequence.q_len, sequence.kv_len, sequence.offset, problem.window_left,
                problem.window_right),
           keys(mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM)) {}
+  };
+
+  // The row tiles of one CTA. Single tiles come longest first. Pairs join a long and a short one:
+  // under a causal mask all of them are equally long, and CTAs that stay can share them evenly.
+  struct TileWalk {
+    const FwdSm90Params& params;
+    int num_row_tiles, blocks_per_head;
+    uint32 count, item;
+    bool second = false;
+
+    JFA_DEVICE explicit TileWalk(const FwdSm90Params& p)
+        : params(p),
+          num_row_tiles(CeilDiv(p.fwd.problem.q_len, C::kBlockM)),
+          blocks_per_head(p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles),
+          count(static_cast<uint32>(blocks_per_head) * p.fwd.problem.batch *
+                p.fwd.problem.num_heads),
+          item(blockIdx.x) {}
+
+    // False at the end.
+    JFA_DEVICE bool Next(Place* place) {
+      if (item >= count) return false;
+      const ProblemParams& problem = params.fwd.problem;
+      const WorkItem work = ScheduleWork(
+          item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
+          static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+          C::kL2Bytes);
+      const bool from_end = kMask != MaskKind::kFull && !second;
+      *place = {from_end ? num_row_tiles - 1 - work.block : work.block, work.batch, work.head,
+                work.head / problem.group};
+      if (params.paired && !second && 2 * work.block + 1 != num_row_tiles) {
+        second = true;
+      } else {
+        second = false;
+        item += gridDim.x;
+      }
+      return true;
+    }
   };
 
   // --- producer: one thread ---------------------------------------------------------------------
@@ -126,7 +151,8 @@ struct FwdSm90 {
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, uint32 smem) {
     const ProblemParams& problem = params.fwd.problem;
-    const uint32 count = Tile::Count(problem);
+    TileWalk walk(params);
+    Place place;
     Ring k, v;
     uint32 parity_q = 0;
     const auto load_v = [&](const Tile& tile, int block) {
@@ -136,20 +162,28 @@ struct FwdSm90 {
                                    tile.batch, kL2EvictLast);
       v.Advance();
     };
-    for (uint32 index = blockIdx.x; index < count; index += gridDim.x) {
-      const Tile tile(problem, index);
-      MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
-      Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ), tile.row0,
-                                  tile.head, tile.batch, kL2EvictFirst);
-      parity_q ^= 1;
+    while (walk.Next(&place)) {
+      const Tile tile(problem, place);
+      const auto load_q = [&] {
+        MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
+        Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ), tile.row0,
+                                    tile.head, tile.batch, kL2EvictFirst);
+        parity_q ^= 1;
+      };
+      if (tile.keys.begin >= tile.keys.end) load_q();
       for (int block = tile.keys.end - 1; block >= tile.keys.begin; --block) {
         MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
         Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
                                     Address(smem, kFullK, k.stage), block * C::kBlockN,
                                     tile.kv_head, tile.batch, kL2EvictLast);
         k.Advance();
-        // Values are needed one block later than keys.
-        if (block + 1 < tile.keys.end) load_v(tile, block + 1);
+        // Q's buffer is the last to be free after the tile before. Values are needed one block
+        // later than keys.
+        if (block + 1 == tile.keys.end) {
+          load_q();
+        } else {
+          load_v(tile, block + 1);
+        }
       }
       if (tile.keys.begin < tile.keys.end) load_v(tile, tile.keys.begin);
     }
@@ -195,10 +229,11 @@ struct FwdSm90 {
     Pin(out);
   }
 
-  static JFA_DEVICE void Hide(Scores& s, const BandMask<kMask>& mask, int group_row, int key0) {
-    if (!mask.template NeedsMask<kGroupRows, C::kBlockN>(group_row, key0)) return;
+  // Returns whether anything was hidden.
+  static JFA_DEVICE bool Hide(Scores& s, const BandMask<kMask>& mask, int group_row, int key0) {
+    if (!mask.template NeedsMask<kGroupRows, C::kBlockN>(group_row, key0)) return false;
     const int thread = ReadThreadIndex();
-    const int row = group_row + thread / kWarpSize % 4 * 16 + thread % kWarpSize / 4;
+    const int row = FirstRow(group_row, thread);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Window seen = mask.KeysOf(row + 8 * half).From(key0 + thread % 4 * 2);
@@ -211,13 +246,26 @@ struct FwdSm90 {
         }
       }
     }
+    return true;
   }
 
-  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax) {
+  template <bool kFinite>
+  static JFA_DEVICE void WeighAll(Scores& s, OnlineSoftmax<1>& softmax) {
 #pragma unroll
     for (int n = 0; n < 2 * kKeySteps; ++n) {
+      const bool by_fma = kFinite && C::kFmaEvery > 0 && n % C::kFmaEvery == C::kFmaEvery - 1;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
+      for (int e = 0; e < 4; ++e) {
+        s[0][n][e] = by_fma ? softmax.template WeighByFma<!C::kBf16>(e / 2, s[0][n][e])
+                            : softmax.Weigh(e / 2, s[0][n][e]);
+      }
+    }
+  }
+  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax, bool hidden) {
+    if (C::kFmaEvery == 0 || hidden) {
+      WeighAll<false>(s, softmax);
+    } else {
+      WeighAll<true>(s, softmax);
     }
   }
 
@@ -259,7 +307,8 @@ struct FwdSm90 {
 
   static JFA_DEVICE void Consume(const FwdSm90Params& params, uint32 smem, int group) {
     const ProblemParams& problem = params.fwd.problem;
-    const uint32 count = Tile::Count(problem);
+    TileWalk walk(params);
+    Place place;
     Ring k, v;
     uint32 parity_q = 0;
     if (group == 0) {
@@ -267,8 +316,9 @@ struct FwdSm90 {
     }
     const uint32 smem_q = smem + kSmemQ + group * kGroupRows * kRowBytes;
 
-    for (uint32 index = blockIdx.x; index < count; index += gridDim.x) {
-      const Tile tile(problem, index);
+    bool more = walk.Next(&place);
+    while (more) {
+      const Tile tile(problem, place);
       const int group_row = tile.row0 + group * kGroupRows;
       Output out;
       Clear(out);
@@ -289,9 +339,11 @@ struct FwdSm90 {
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
-        Hide(s, tile.mask, group_row, key0);
+        const int first_key = tile.keys.begin * C::kBlockN;
+        if (key0 == first_key) Arrive(Address(smem, kEmptyQ));
+        const bool hidden = Hide(s, tile.mask, group_row, key0);
         softmax.Follow(s, factor);
-        Weigh(s, softmax);
+        Weigh(s, softmax, hidden);
         Pack(p, s);
 
         const int keys_left = tile.sequence.kv_len - key0;
@@ -300,7 +352,6 @@ struct FwdSm90 {
           ClearValuesFrom(smem + kSmemV + v.stage * kBytesV, keys_left, group);
         }
 
-        const int first_key = tile.keys.begin * C::kBlockN;
 #pragma unroll 1
         while (key0 > first_key) {
           key0 -= C::kBlockN;
@@ -314,9 +365,10 @@ struct FwdSm90 {
           Pin(s);
           Arrive(Address(smem, kEmptyK, k.stage));
           k.Advance();
-          Hide(s, tile.mask, group_row, key0);
+          if (key0 == first_key) Arrive(Address(smem, kEmptyQ));
+          const bool hidden = Hide(s, tile.mask, group_row, key0);
           const bool rescale = softmax.Follow(s, factor);
-          Weigh(s, softmax);
+          Weigh(s, softmax, hidden);
           WgmmaWait<0>();
           Pin(out);
           Arrive(Address(smem, kEmptyV, v.stage));
@@ -327,60 +379,86 @@ struct FwdSm90 {
 
         MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+      } else {
+        Arrive(Address(smem, kEmptyQ));
+      }
+      // What needs no output runs under the last product.
+      more = walk.Next(&place);
+      const float2 normalizer = StoreLse(params, tile, group_row, softmax);
+      if (tile.keys.begin < tile.keys.end) {
         WgmmaWait<0>();
         Pin(out);
         Arrive(Address(smem, kEmptyV, v.stage));
         v.Advance();
       }
-      Store(params, tile, group, smem_q, Address(smem, kEmptyQ), softmax, out);
+      Store(params, tile, group_row, normalizer, out);
     }
   }
 
-  // Normalises, and writes out through the rows of Q's buffer that this warpgroup alone has read.
-  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group,
-                               uint32 smem_q, uint32 empty_q, const OnlineSoftmax<1>& softmax,
-                               Output& out) {
+  // Four words of each of four lanes: lane t gets everybody's word t.
+  static JFA_DEVICE void Transpose(uint32 (&w)[4], int t) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool high = t & bit;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const uint32 got = __shfl_xor_sync(kFullWarp, high ? w[i] : w[i | bit], bit);
+        (high ? w[i] : w[i | bit]) = got;
+      }
+    }
+  }
+
+  static JFA_DEVICE int FirstRow(int group_row, int thread) {
+    return group_row + thread / kWarpSize % 4 * 16 + thread % kWarpSize / 4;
+  }
+
+  // Returns the factors of this lane's two rows of output.
+  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile, int group_row,
+                                    const OnlineSoftmax<1>& softmax) {
     const ProblemParams& problem = params.fwd.problem;
-    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
-    const int warp = thread / kWarpSize;
-    const int group_row = tile.row0 + group * kGroupRows;
     float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head);
+    const int thread = ReadThreadIndex();
+    float normalizer[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      OnlineSoftmax<1>::Result result = softmax.Finalize(half);
-      const int row = group_row + warp * 16 + lane / 4 + 8 * half;
+      const OnlineSoftmax<1>::Result result = softmax.Finalize(half);
+      const int row = FirstRow(group_row, thread) + 8 * half;
+      if (thread % 4 == 0 && row < problem.q_len) {
+        lse[row] = row < tile.sequence.q_len ? result.lse : -Infinity();
+      }
+      normalizer[half] = result.normalizer;
+    }
+    return make_float2(normalizer[0], normalizer[1]);
+  }
+
+  // Normalises and writes out, straight from registers: the four lanes that share a row exchange
+  // their columns until each has 16 consecutive bytes. Shared memory stays free for the next tile.
+  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group_row,
+                               float2 normalizer, const Output& out) {
+    const ProblemParams& problem = params.fwd.problem;
+    const int thread = ReadThreadIndex(), t = thread % 4;
+    uint16* target = HeadPointer(params.fwd.out, tile.batch, tile.head) + 8 * t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = FirstRow(group_row, thread) + 8 * half;
       const bool valid = row < tile.sequence.q_len;
-      if (lane % 4 == 0 && row < problem.q_len) lse[row] = valid ? result.lse : -Infinity();
+      const float factor = half ? normalizer.y : normalizer.x;
+      uint16* target_row = target + row * params.fwd.out.row_stride;
 #pragma unroll
-      for (int n = 0; n < 2 * kOutBlocks; ++n) {
+      for (int n = 0; n < C::kHeadDimV / 32; ++n) {
+        uint32 w[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
+        for (int i = 0; i < 4; ++i) {
+          const float* x = &out[0][4 * n + i][2 * half];
           // A select, not a product with zero: padding rows of Q may have made NaN.
-          float& x = out[0][n][2 * half + e];
-          x = valid ? x * result.normalizer : 0.f;
+          w[i] = valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
+        }
+        Transpose(w, t);
+        if (row < problem.q_len && 32 * n + 8 * t < problem.head_dim_v) {
+          StoreGlobal16(target_row + 32 * n, w);
         }
       }
-    }
-    NamedBarrierSync(kGroup + group, kGroupThreads);  // all warps are done with Q
-    const uint32 base = smem_q + (warp * 16 + (lane & 15)) * kRowBytes +
-                        (((lane >> 4) ^ (lane & 7)) << 4);
-#pragma unroll
-    for (int n = 0; n < kOutBlocks; ++n) {
-      uint32 r[4];
-      PackBlock<C::kBf16>(r, out[0][2 * n], out[0][2 * n + 1]);
-      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytesM, r);
-    }
-    FenceProxyAsync();
-    NamedBarrierSync(kGroup + group, kGroupThreads);
-    if (thread == 0) {
-#pragma unroll
-      for (int panel = 0; panel < kPanelsV; ++panel) {
-        TmaStore(&params.out, smem_q + panel * kPanelBytesM, panel * kPanelColumns, group_row,
-                 tile.head, tile.batch);
-      }
-      TmaStoreCommit();
-      TmaStoreWaitRead();
-      MbarrierArrive(empty_q);
     }
   }
 
@@ -391,9 +469,8 @@ struct FwdSm90 {
       TmaPrefetch(&params.q);
       TmaPrefetch(&params.k);
       TmaPrefetch(&params.v);
-      TmaPrefetch(&params.out);
       MbarrierInit(Address(smem, kFullQ), 1);
-      MbarrierInit(Address(smem, kEmptyQ), kConsumers);
+      MbarrierInit(Address(smem, kEmptyQ), 4 * kConsumers);
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
         MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);

@@ -46,8 +46,9 @@ struct alignas(64) TensorMap {
 };
 
 struct FwdSm90Params {
-  TensorMap q, k, v, out;
+  TensorMap q, k, v;
   FwdParams fwd;
+  int paired;  // work items are pairs of row tiles, one from each end of the rows
 };
 
 struct BwdParams {

@@ -40,6 +40,13 @@ JFA_DEVICE void MbarrierWait(uint32 barrier, uint32 parity) {
   }
 }
 
+// Inline, because a plain store of a uint4 that was put together from selects is split in four.
+JFA_DEVICE void StoreGlobal16(void* gmem, const uint32 (&w)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+}
+
 // --- named barriers: id 0 is __syncthreads -------------------------------------------------------
 
 JFA_DEVICE void NamedBarrierSync(int id, int threads) {
@@ -71,19 +78,6 @@ JFA_DEVICE void TmaLoad(uint32 smem, const TensorMap* map, uint32 barrier, int c
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
       : "memory");
 }
-// The reverse; what lies beyond the tensor's edges isn't written.
-JFA_DEVICE void TmaStore(const TensorMap* map, uint32 smem, int column, int row, int head,
-                         int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          map),
-      "r"(smem), "r"(column), "r"(row), "r"(head), "r"(batch)
-      : "memory");
-}
-JFA_DEVICE void TmaStoreCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the stores have read shared memory.
-JFA_DEVICE void TmaStoreWaitRead() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
 // --- registers ------------------------------------------------------------------------------------
 
 template <int kRegisters>
