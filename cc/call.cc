@@ -13,9 +13,11 @@ namespace {
 
 // Sums of two positions must fit an int in the kernels.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
-// Kernels read and write 16 bytes at a time, of integers one. XLA aligns buffers to more.
+// Kernels read and write 16 bytes of q, k, v, their gradients and scratch at a time, single words of
+// the optional arrays. XLA aligns buffers to more.
 constexpr uintptr_t kAlignment = 16;
-constexpr uintptr_t kIntegerAlignment = 4;
+constexpr uintptr_t kWordAlignment = 4;
+constexpr int64_t kSegmentBlock = 32;  // SegmentSide::kGranule
 
 const char* Name(ElementType dtype) {
   switch (dtype) {
@@ -66,6 +68,12 @@ class Reader {
     return Expect("result ", name, x, dtype, dims);
   }
 
+  // The last operand, wherever reading stands.
+  const Tensor& LastArg() const {
+    static const Tensor kNone{};
+    return args_.size == 0 || args_.size > args_.items.size() ? kNone : args_.items[args_.size - 1];
+  }
+
   void ExpectEnd() {
     if (args_.size != next_arg_) {
       Fail("expected " + std::to_string(next_arg_) + " operands, got " +
@@ -83,7 +91,7 @@ class Reader {
     if (empty) return nullptr;
     if (x.data == nullptr) Fail(std::string(name) + " has no memory");
     const auto address = reinterpret_cast<uintptr_t>(x.data);
-    const uintptr_t alignment = x.dtype == ElementType::kS32 ? kIntegerAlignment : kAlignment;
+    const uintptr_t alignment = x.dtype == ElementType::kS32 ? kWordAlignment : kAlignment;
     if (address % alignment != 0) {
       Fail(std::string(name) + " must be aligned to " + std::to_string(alignment) +
            " bytes, got address " + std::to_string(address));
@@ -128,19 +136,58 @@ class Reader {
   size_t next_ret_ = 0;
 };
 
+std::string CheckAttributes(Op op, const Attributes& a) {
+  const auto got = [](const char* name, const char* expected, auto value) {
+    return std::string("attribute ") + name + " must be " + expected + ", got " +
+           std::to_string(value);
+  };
+  if (!(a.scale > 0) || !std::isfinite(a.scale)) {
+    return got("scale", "positive and finite", a.scale);
+  }
+  if (!(a.soft_cap >= 0) || !std::isfinite(a.soft_cap)) {
+    return got("soft_cap", "0 or positive and finite", a.soft_cap);
+  }
+  if (a.window_left < -1) return got("window_left", "at least -1", a.window_left);
+  if (a.window_right < -1) return got("window_right", "at least -1", a.window_right);
+  if (a.sink_tokens < 0) return got("sink_tokens", "at least 0", a.sink_tokens);
+  if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 9 bits", a.aux);
+  if (a.Has(kQSegmentIds) != a.Has(kKvSegmentIds)) {
+    return got("aux", "with segment ids of both sides or of none", a.aux);
+  }
+  if (a.Has(kCuSeqlensQ) != a.Has(kCuSeqlensKv)) {
+    return got("aux", "with cu_seqlens of both sides or of none", a.aux);
+  }
+  if (a.Has(kCuSeqlensQ) && (a.aux & (kQLengths | kKvLengths | kQSegmentIds)) != 0) {
+    return got("aux", "without lengths and segment ids if packed", a.aux);
+  }
+  if (op == Op::kBwd && a.Has(kSinks)) return got("aux", "without sinks in backward", a.aux);
+  if (a.has_dslopes && !a.Has(kAlibiSlopes)) {
+    return got("aux", "with alibi_slopes if their gradient is asked for", a.aux);
+  }
+  for (const auto& [name, dim] : {std::pair{"head_dim", a.head_dim}, {"head_dim_v", a.head_dim_v}}) {
+    if (dim < 1 || dim > kMaxLength) return got(name, "at least 1", dim);
+  }
+  if (a.arch != 0 && (a.arch < 50 || a.arch > 999)) {
+    return got("arch", "0 (the device at hand) or compute capability major * 10 + minor", a.arch);
+  }
+  return "";
+}
+
 // q, k and v: where the sizes come from, and the first checks on them.
-void ReadInputs(Op op, const Attributes& attrs, Reader& reader, Call* call) {
+void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
   const Tensor q = reader.NextOfRank("q", 5);
   const Tensor k = reader.NextOfRank("k", 4);
   const Tensor v = reader.NextOfRank("v", 4);
   if (!reader.ok()) return;
   Problem& sizes = call->sizes;
-  sizes = {q.dims[0], q.dims[1], q.dims[2], q.dims[3], k.dims[2]};
-  call->head_dim = q.dims[4];
-  call->head_dim_v = v.dims[3];
-  call->dtype = q.dtype;
-  if (q.dtype != ElementType::kF16 && q.dtype != ElementType::kBF16) {
-    reader.Fail("operand q must be float16 or bfloat16, got " + Text(q));
+  sizes = {q.dims[0], q.dims[1], q.dims[2], q.dims[3], k.dims[2], 0};
+  const ElementType dtype = attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
+  if (q.dtype != dtype) {
+    reader.Fail(std::string("operand q must be ") + Name(dtype) + ", got " + Text(q));
+  }
+  if (q.dims[4] != attrs.head_dim) {
+    reader.Fail("operand q must have head dim " + std::to_string(attrs.head_dim) + ", got " +
+                Text(q));
   }
   for (const auto& [name, x] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}}) {
     if (std::any_of(x->dims, x->dims + x->rank,
@@ -149,10 +196,9 @@ void ReadInputs(Op op, const Attributes& attrs, Reader& reader, Call* call) {
     }
   }
   if (!reader.ok()) return;
-  if (sizes.num_kv_heads < 1 || sizes.group < 1 || call->head_dim < 1 || call->head_dim_v < 1 ||
+  if (sizes.num_kv_heads < 1 || sizes.group < 1 ||
       sizes.num_kv_heads * sizes.group > kMaxLength || sizes.batch * sizes.num_kv_heads > INT_MAX) {
-    reader.Fail("heads and head dims must be at least 1 and heads not huge, got q " + Text(q) +
-                ", v " + Text(v));
+    reader.Fail("heads must be at least 1 and not huge, got q " + Text(q) + ", v " + Text(v));
   }
   const auto expect = [&](const char* name, const Tensor& x, int64_t dim) {
     const std::array<int64_t, 4> dims = {sizes.batch, sizes.num_kv_heads, sizes.kv_len, dim};
@@ -161,36 +207,55 @@ void ReadInputs(Op op, const Attributes& attrs, Reader& reader, Call* call) {
                   ShapeText(q.dtype, dims.data(), dims.size()) + ", got " + Text(x));
     }
   };
-  expect("k", k, call->head_dim);
-  expect("v", v, call->head_dim_v);
-  if (!(attrs.scale > 0) || !std::isfinite(attrs.scale)) {
-    reader.Fail("attribute scale must be positive and finite, got " + std::to_string(attrs.scale));
-  }
+  expect("k", k, attrs.head_dim);
+  expect("v", v, attrs.head_dim_v);
   call->q = reader.Data("q", q);
   call->k = reader.Data("k", k);
   call->v = reader.Data("v", v);
-  call->variant = {op,
-                   q.dtype == ElementType::kBF16 ? DType::kBF16 : DType::kF16,
-                   static_cast<int>(call->head_dim),
-                   static_cast<int>(call->head_dim_v),
-                   attrs.is_causal ? Mask::kCausal : Mask::kFull,
-                   op == Op::kBwd && attrs.deterministic};
 }
 
 void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
-  const int64_t B = call->sizes.batch, K = call->sizes.num_kv_heads;
-  const auto read = [&](bool given, const char* name) {
-    return given ? reader.NextArg(name, ElementType::kS32, {B, K}) : nullptr;
+  const Problem& sizes = call->sizes;
+  const int64_t B = sizes.batch, K = sizes.num_kv_heads;
+  const bool packed = attrs.Has(kCuSeqlensQ);
+  if (packed) {
+    // How many sequences there are is told by the boundaries, which come last.
+    const Tensor& ends = reader.LastArg();
+    if (ends.rank != 3 || ends.dims[2] < 2 || ends.dims[2] > kMaxLength) {
+      reader.Fail("operand cu_seqlens_kv must be int32[B, K, sequences + 1], got " + Text(ends));
+      return;
+    }
+    call->sizes.num_sequences = ends.dims[2] - 1;
+  }
+  const int64_t n = sizes.num_sequences;
+  const auto read = [&](AuxBit bit, const char* name, std::initializer_list<int64_t> dims,
+                        ElementType dtype = ElementType::kS32) {
+    return attrs.Has(bit) ? reader.NextArg(name, dtype, dims) : nullptr;
   };
-  call->query_offset = read(attrs.has_query_offset, "query_offset");
-  call->q_lengths = read(attrs.has_q_lengths, "q_lengths");
-  call->kv_lengths = read(attrs.has_kv_lengths, "kv_lengths");
+  const auto blocks = [](int64_t length) { return (length + kSegmentBlock - 1) / kSegmentBlock; };
+  call->query_offset = packed ? read(kQueryOffset, "query_offset", {B, K, n})
+                              : read(kQueryOffset, "query_offset", {B, K});
+  call->q_lengths = read(kQLengths, "q_lengths", {B, K});
+  call->kv_lengths = read(kKvLengths, "kv_lengths", {B, K});
+  call->q_segment_ids = read(kQSegmentIds, "q_segment_ids", {B, K, sizes.q_len});
+  call->q_segment_ranges =
+      read(kQSegmentIds, "q_segment_ranges", {B, K, blocks(sizes.q_len), 2});
+  call->kv_segment_ids = read(kKvSegmentIds, "kv_segment_ids", {B, K, sizes.kv_len});
+  call->kv_segment_ranges =
+      read(kKvSegmentIds, "kv_segment_ranges", {B, K, blocks(sizes.kv_len), 2});
+  call->alibi_slopes =
+      read(kAlibiSlopes, "alibi_slopes", {B, K, sizes.group}, ElementType::kF32);
+  call->sinks = read(kSinks, "sinks", {B, K, sizes.group}, ElementType::kF32);
+  call->cu_seqlens_q = read(kCuSeqlensQ, "cu_seqlens_q", {B, K, n + 1});
+  call->cu_seqlens_kv = read(kCuSeqlensKv, "cu_seqlens_kv", {B, K, n + 1});
 }
 
 // [batch, token, head, dim] memory.
 TensorArg ToTensorArg(void* data, int64_t length, int64_t heads, int64_t dim) {
   return {data, length * heads * dim, heads * dim, dim};
 }
+
+int ToInt(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, INT_MIN, INT_MAX)); }
 
 ProblemParams ToProblemParams(const Attributes& attrs, const Call& call) {
   ProblemParams p{};
@@ -200,31 +265,64 @@ ProblemParams ToProblemParams(const Attributes& attrs, const Call& call) {
   p.num_heads = p.num_kv_heads * p.group;
   p.q_len = static_cast<int>(call.sizes.q_len);
   p.kv_len = static_cast<int>(call.sizes.kv_len);
-  p.head_dim = static_cast<int>(call.head_dim);
-  p.head_dim_v = static_cast<int>(call.head_dim_v);
+  p.head_dim = call.variant.head_dim;
+  p.head_dim_v = call.variant.head_dim_v;
+  p.num_sequences = static_cast<int>(call.sizes.num_sequences);
   p.scale = attrs.scale;
-  p.scale_log2 = static_cast<float>(attrs.scale * 1.4426950408889634);
-  // Positions beyond any length mean the same, and sums with them must not overflow.
-  p.query_offset = static_cast<int>(std::clamp(attrs.query_offset, -kMaxLength, kMaxLength));
-  p.window_left = INT_MAX;
-  p.window_right = attrs.is_causal ? 0 : INT_MAX;
+  // Never 0, which would make NaN of a hidden logit: any tiny scale gives the same weights.
+  p.scale_log2 = std::max(static_cast<float>(attrs.scale * 1.4426950408889634), 1e-37f);
+  p.soft_cap = attrs.soft_cap;
+  p.is_causal = attrs.is_causal;
+  p.query_offset = ToInt(attrs.query_offset);
+  p.window_left = attrs.window_left < 0 ? INT_MAX : ToInt(attrs.window_left);
+  p.window_right = attrs.is_causal          ? 0
+                   : attrs.window_right < 0 ? INT_MAX
+                                            : ToInt(attrs.window_right);
+  p.sink_tokens = ToInt(attrs.sink_tokens);
+  p.scratch_rows = static_cast<int>(ScratchRows(call.sizes.q_len, call.sizes.num_sequences));
   p.query_offsets = static_cast<const int*>(call.query_offset);
   p.q_lengths = static_cast<const int*>(call.q_lengths);
   p.kv_lengths = static_cast<const int*>(call.kv_lengths);
+  p.q_segment_ids = static_cast<const int*>(call.q_segment_ids);
+  p.q_segment_ranges = static_cast<const int*>(call.q_segment_ranges);
+  p.kv_segment_ids = static_cast<const int*>(call.kv_segment_ids);
+  p.kv_segment_ranges = static_cast<const int*>(call.kv_segment_ranges);
+  p.alibi_slopes = static_cast<const float*>(call.alibi_slopes);
+  p.cu_seqlens_q = static_cast<const int*>(call.cu_seqlens_q);
+  p.cu_seqlens_kv = static_cast<const int*>(call.cu_seqlens_kv);
   return p;
 }
 
 }  // namespace
 
+Status ReadVariant(Op op, const Attributes& attrs, Variant* variant) {
+  const std::string error = CheckAttributes(op, attrs);
+  if (!error.empty()) return InvalidArgument("jax_flashattn: " + error);
+  const bool local = attrs.window_left >= 0 || (attrs.window_right >= 0 && !attrs.is_causal);
+  variant->op = op;
+  variant->dtype = attrs.is_bf16 ? DType::kBF16 : DType::kF16;
+  variant->head_dim = ToInt(attrs.head_dim);
+  variant->head_dim_v = ToInt(attrs.head_dim_v);
+  variant->mask = local ? Mask::kLocal : attrs.is_causal ? Mask::kCausal : Mask::kFull;
+  variant->softcap = attrs.soft_cap > 0;
+  variant->alibi = attrs.Has(kAlibiSlopes);
+  variant->segments = attrs.Has(kQSegmentIds);
+  variant->packed = attrs.Has(kCuSeqlensQ);
+  variant->deterministic = attrs.deterministic;
+  variant->dslopes = attrs.has_dslopes;
+  return OkStatus();
+}
+
 Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const TensorList& rets,
                 Memory memory, Call* call) {
+  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &call->variant));
   Reader reader(args, rets, memory);
-  ReadInputs(op, attrs, reader, call);
+  ReadInputs(attrs, reader, call);
   if (!reader.ok()) return reader.status();
-  const ElementType dtype = call->dtype;
-  const int64_t B = call->sizes.batch, K = call->sizes.num_kv_heads, G = call->sizes.group,
-                T = call->sizes.q_len, S = call->sizes.kv_len, H = call->head_dim,
-                Hv = call->head_dim_v;
+  const ElementType dtype = attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
+  const Problem& sizes = call->sizes;
+  const int64_t B = sizes.batch, K = sizes.num_kv_heads, G = sizes.group, T = sizes.q_len,
+                S = sizes.kv_len, H = attrs.head_dim, Hv = attrs.head_dim_v;
   if (op == Op::kFwd) {
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});
@@ -235,10 +333,17 @@ Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const Te
     call->dout = reader.NextArg("dout", dtype, {B, K, G, T, Hv});
     if (attrs.has_dlse) call->dlse = reader.NextArg("dlse", ElementType::kF32, {B, K, G, T});
     ReadOptional(attrs, reader, call);
+    if (!reader.ok()) return reader.status();
     call->dq = reader.NextRet("dq", dtype, {B, K, G, T, H});
     call->dk = reader.NextRet("dk", dtype, {B, K, S, H});
     call->dv = reader.NextRet("dv", dtype, {B, K, S, Hv});
-    call->scratch_floats = std::max<int64_t>(1, ScratchFloats(call->variant, G, T, S));
+    call->slope_partials = SlopePartials(S, sizes.num_sequences);
+    if (attrs.has_dslopes) {
+      call->dslopes =
+          reader.NextRet("dslopes", ElementType::kF32, {B, K, G, call->slope_partials});
+    }
+    call->scratch_floats =
+        std::max<int64_t>(1, ScratchFloats(call->variant, G, T, sizes.num_sequences));
     call->scratch = reader.NextRet("scratch", ElementType::kF32, {B, K, call->scratch_floats});
   }
   reader.ExpectEnd();
@@ -248,10 +353,11 @@ Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const Te
 FwdParams ToFwdParams(const Attributes& attrs, const Call& call) {
   FwdParams p{};
   p.problem = ToProblemParams(attrs, call);
-  p.q = ToTensorArg(call.q, p.problem.q_len, p.problem.num_heads, call.head_dim);
-  p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim);
-  p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim_v);
-  p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.head_dim_v);
+  p.q = ToTensorArg(call.q, p.problem.q_len, p.problem.num_heads, call.variant.head_dim);
+  p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim);
+  p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim_v);
+  p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.variant.head_dim_v);
+  p.sinks = static_cast<const float*>(call.sinks);
   p.lse = static_cast<float*>(call.lse);
   return p;
 }
@@ -259,16 +365,18 @@ FwdParams ToFwdParams(const Attributes& attrs, const Call& call) {
 BwdParams ToBwdParams(const Attributes& attrs, const Call& call) {
   BwdParams p{};
   p.problem = ToProblemParams(attrs, call);
-  p.q = ToTensorArg(call.q, p.problem.q_len, p.problem.num_heads, call.head_dim);
-  p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim);
-  p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim_v);
-  p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.head_dim_v);
-  p.dout = ToTensorArg(call.dout, p.problem.q_len, p.problem.num_heads, call.head_dim_v);
+  p.q = ToTensorArg(call.q, p.problem.q_len, p.problem.num_heads, call.variant.head_dim);
+  p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim);
+  p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim_v);
+  p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.variant.head_dim_v);
+  p.dout = ToTensorArg(call.dout, p.problem.q_len, p.problem.num_heads, call.variant.head_dim_v);
   p.lse = static_cast<const float*>(call.lse);
   p.dlse = static_cast<const float*>(call.dlse);
-  p.dq = ToTensorArg(call.dq, p.problem.q_len, p.problem.num_heads, call.head_dim);
-  p.dk = ToTensorArg(call.dk, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim);
-  p.dv = ToTensorArg(call.dv, p.problem.kv_len, p.problem.num_kv_heads, call.head_dim_v);
+  p.dq = ToTensorArg(call.dq, p.problem.q_len, p.problem.num_heads, call.variant.head_dim);
+  p.dk = ToTensorArg(call.dk, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim);
+  p.dv = ToTensorArg(call.dv, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim_v);
+  p.dslopes = static_cast<float*>(call.dslopes);
+  p.slope_partials = static_cast<int>(call.slope_partials);
   p.scratch = static_cast<float*>(call.scratch);
   p.scratch_stride = call.scratch_floats;
   return p;

@@ -2,10 +2,16 @@
 //
 // Logical shapes, which layouts map to [batch, token, head, dim] memory:
 //   q, dq [B, K, G, T, H]   k, dk [B, K, S, H]   v, dv [B, K, S, Hv]   out, dout [B, K, G, T, Hv]
-//   lse, dlse f32 [B, K, G, T]   query_offset, q_lengths, kv_lengths s32 [B, K]
-//   scratch f32 [B, K, max(1, ScratchFloats())]
-// forward:  q, k, v, then of query_offset, q_lengths, kv_lengths what is given -> out, lse
-// backward: q, k, v, out, lse, dout, dlse if given, then as above -> dq, dk, dv, scratch
+//   lse, dlse f32 [B, K, G, T]
+// forward:  q, k, v, optional arrays -> out, lse
+// backward: q, k, v, out, lse, dout, dlse if given, optional arrays
+//           -> dq, dk, dv, dslopes f32 [B, K, G, SlopePartials()] if asked for,
+//              scratch f32 [B, K, max(1, ScratchFloats())]
+// Optional arrays, those that attribute `aux` names, in the order of its bits:
+//   query_offset s32 [B, K], packed [B, K, n]   q_lengths, kv_lengths s32 [B, K]
+//   q_segment_ids s32 [B, K, T] and their ranges [B, K, ceil(T / 32), 2]   the same for keys, S
+//   alibi_slopes, sinks f32 [B, K, G]   cu_seqlens_q, cu_seqlens_kv s32 [B, K, n + 1]
+// With cu_seqlens the call is packed: n sequences, T and S count all tokens.
 #ifndef JAX_FLASHATTN_CC_CALL_H_
 #define JAX_FLASHATTN_CC_CALL_H_
 
@@ -19,16 +25,40 @@
 
 namespace jfa {
 
+// Bits of attribute `aux`: AUX_NAMES of _spec.py.
+enum AuxBit : int64_t {
+  kQueryOffset = 1 << 0,
+  kQLengths = 1 << 1,
+  kKvLengths = 1 << 2,
+  kQSegmentIds = 1 << 3,
+  kKvSegmentIds = 1 << 4,
+  kAlibiSlopes = 1 << 5,
+  kSinks = 1 << 6,
+  kCuSeqlensQ = 1 << 7,
+  kCuSeqlensKv = 1 << 8,
+  kAllAux = (1 << 9) - 1,
+};
+
+// In the order of the handlers' attributes.
 struct Attributes {
   float scale;
+  float soft_cap;  // 0: none
   bool is_causal;
   int64_t query_offset;
-  bool has_query_offset;
-  bool has_q_lengths;
-  bool has_kv_lengths;
+  int64_t window_left;  // -1: open
+  int64_t window_right;
+  int64_t sink_tokens;
+  int64_t aux;
+  bool is_bf16;
+  int64_t head_dim;
+  int64_t head_dim_v;
   int64_t arch;
-  bool deterministic;
-  bool has_dlse;
+  // Backward only.
+  bool deterministic = false;
+  bool has_dlse = false;
+  bool has_dslopes = false;
+
+  bool Has(AuxBit bit) const { return (aux & bit) != 0; }
 };
 
 enum class ElementType { kF16, kBF16, kF32, kS32, kOther };
@@ -42,7 +72,7 @@ struct Tensor {
 
 // Operands or results. `size` is the true number; no valid call has more than `items` holds.
 struct TensorList {
-  std::array<Tensor, 12> items;
+  std::array<Tensor, 20> items;
   size_t size = 0;
 };
 
@@ -53,18 +83,19 @@ enum class Memory { kNone, kDevice };
 struct Call {
   Variant variant{};
   Problem sizes{};
-  ElementType dtype{};
-  int64_t head_dim = 0;
-  int64_t head_dim_v = 0;
   void *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse = nullptr;
   void *dout = nullptr, *dlse = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  void* scratch = nullptr;
-  int64_t scratch_floats = 0;
+  void *dslopes = nullptr, *scratch = nullptr;
+  int64_t scratch_floats = 0, slope_partials = 0;
   void *query_offset = nullptr, *q_lengths = nullptr, *kv_lengths = nullptr;
-
-  // No query or no key: results are filled, nothing is launched.
-  bool IsEmpty() const { return sizes.batch == 0 || sizes.q_len == 0 || sizes.kv_len == 0; }
+  void *q_segment_ids = nullptr, *q_segment_ranges = nullptr;
+  void *kv_segment_ids = nullptr, *kv_segment_ranges = nullptr;
+  void *alibi_slopes = nullptr, *sinks = nullptr;
+  void *cu_seqlens_q = nullptr, *cu_seqlens_kv = nullptr;
 };
+
+// What changes code; from attributes alone, since a runtime need not show operands while it compiles.
+Status ReadVariant(Op op, const Attributes& attrs, Variant* variant);
 
 // Checks everything; the error names the operand, what was expected and what was there.
 Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const TensorList& rets,

@@ -5,11 +5,6 @@
 //   Execute      fill the parameters, launch. Captured into CUDA graphs by default: no allocation,
 //                no waiting, nothing that depends on anything but its arguments.
 //
-// Logical shapes, which layouts map to [batch, token, head, dim] memory:
-//   q, dq [B, K, G, T, H]   k, dk [B, K, S, H]   v, dv [B, K, S, Hv]   out, dout [B, K, G, T, Hv]
-//   lse, dlse f32 [B, K, G, T]   query_offset, q_lengths, kv_lengths i32 [B, K]   scratch f32 [B,
-//   K, X]
-//
 // Operands are checked in every stage: a custom call can come from a file, and a wrong one must be
 // an error and not a crash.
 #include "cc/handlers.h"
@@ -39,7 +34,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kMaxDevices = 64;
-constexpr uint32_t kMinusInfinity = 0xff800000;
 
 ElementType ToElementType(ffi::DataType dtype) {
   switch (dtype) {
@@ -110,15 +104,10 @@ ffi::TypeId CudaState::id = {7700001};
 
 namespace {
 
-bool SameVariant(const Variant& a, const Variant& b) {
-  return a.op == b.op && a.dtype == b.dtype && a.head_dim == b.head_dim &&
-         a.head_dim_v == b.head_dim_v && a.mask == b.mask && a.deterministic == b.deterministic;
-}
-
 // Plans and compiles for one architecture; what is there already is found. `mutex` is held.
 Status Build(CudaState& state, const Variant& variant, int arch, ArchKernels** kernels) {
   for (const auto& built : state.built) {
-    if (built->arch == arch && SameVariant(built->variant, variant)) {
+    if (built->arch == arch && built->variant == variant) {
       *kernels = built.get();
       return OkStatus();
     }
@@ -142,7 +131,7 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
   }
   *ready = state.by_device[ordinal].load(std::memory_order_acquire);
   if (*ready != nullptr) {
-    if (SameVariant((*ready)->variant, variant)) return OkStatus();
+    if ((*ready)->variant == variant) return OkStatus();
     return Internal("jax_flashattn: a call site changed its dtype or head dims between runs");
   }
   int arch;
@@ -170,25 +159,6 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
   return OkStatus();
 }
 
-// Results where there is no query or no key: nothing was seen.
-Status FillEmpty(const Call& call, driver::CuStream stream) {
-  constexpr size_t kElementBytes = 2;  // f16, bf16
-  const size_t q_rows = static_cast<size_t>(call.sizes.batch) * call.sizes.num_kv_heads *
-                        call.sizes.group * call.sizes.q_len;
-  const size_t kv_rows =
-      static_cast<size_t>(call.sizes.batch) * call.sizes.num_kv_heads * call.sizes.kv_len;
-  const auto zero = [&](void* data, size_t rows, int64_t dim) {
-    return launch::FillBytes(data, 0, rows * dim * kElementBytes, stream);
-  };
-  if (call.variant.op == Op::kFwd) {
-    JFA_RETURN_IF_ERROR(zero(call.out, q_rows, call.head_dim_v));
-    return launch::FillWords(call.lse, kMinusInfinity, q_rows, stream);
-  }
-  JFA_RETURN_IF_ERROR(zero(call.dq, q_rows, call.head_dim));
-  JFA_RETURN_IF_ERROR(zero(call.dk, kv_rows, call.head_dim));
-  return zero(call.dv, kv_rows, call.head_dim_v);
-}
-
 template <typename Params>
 Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& params,
                  driver::CuStream stream) {
@@ -206,39 +176,26 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
 // Stages
 // ---------------------------------------------------------------------------------------------
 
-Status Instantiate(Op op, const Attributes& attrs, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   CudaState& state) {
-  if (attrs.arch != 0 && (attrs.arch < 50 || attrs.arch > 999)) {
-    return InvalidArgument(
-        "jax_flashattn: attribute arch must be 0 (the device at hand) or compute capability "
-        "major * 10 + minor, got " +
-        std::to_string(attrs.arch));
-  }
-  // A runtime that gives no shapes here gives them later: Initialize or Execute catches up.
-  if (args.size() == 0) return OkStatus();
-  Call call;
-  JFA_RETURN_IF_ERROR(ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kNone, &call));
-  if (call.IsEmpty()) return OkStatus();
+Status Instantiate(Op op, const Attributes& attrs, CudaState& state) {
+  Variant variant;
+  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &variant));
   int arch = static_cast<int>(attrs.arch);
   if (arch == 0) JFA_RETURN_IF_ERROR(driver::CurrentArch(&arch));
   std::lock_guard<std::mutex> lock(state.mutex);
   ArchKernels* kernels;
-  return Build(state, call.variant, arch, &kernels);
+  return Build(state, variant, arch, &kernels);
 }
 
-Status Initialize(Op op, const Attributes& attrs, int ordinal, CudaState* state,
-                  ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  // Every run comes through here, so the common case leaves before it reads any operand.
+Status Initialize(Op op, const Attributes& attrs, int ordinal, CudaState* state) {
+  // Every run comes through here, so the common case leaves at once.
   if (ordinal >= 0 && ordinal < kMaxDevices &&
       state->by_device[ordinal].load(std::memory_order_acquire) != nullptr) {
     return OkStatus();
   }
-  if (args.size() == 0) return OkStatus();
-  Call call;
-  JFA_RETURN_IF_ERROR(ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kNone, &call));
-  if (call.IsEmpty()) return OkStatus();
+  Variant variant;
+  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &variant));
   const ArchKernels* kernels;
-  return KernelsFor(*state, call.variant, ordinal, &kernels);
+  return KernelsFor(*state, variant, ordinal, &kernels);
 }
 
 Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordinal,
@@ -246,10 +203,14 @@ Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordi
   Call call;
   JFA_RETURN_IF_ERROR(
       ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kDevice, &call));
-  if (call.IsEmpty()) return FillEmpty(call, stream);
-  // Compiles and loads here only under a runtime that gave no shapes in the stages before; the
-  // first run of a program is never captured, so even that is sound.
-  const ArchKernels* kernels;
+  if (call.dslopes != nullptr && call.sizes.q_len == 0) {
+    // No tile of queries is there to clear them. Everything else the kernels fill themselves, for
+    // no keys too.
+    const size_t heads = call.sizes.batch * call.sizes.num_kv_heads * call.sizes.group;
+    JFA_RETURN_IF_ERROR(launch::FillBytes(
+        call.dslopes, 0, heads * call.slope_partials * sizeof(float), stream));
+  }
+  const ArchKernels* kernels;  // loaded by Initialize: one atomic load here
   JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
   return op == Op::kFwd ? LaunchAll(*kernels, call, ToFwdParams(attrs, call), stream)
                         : LaunchAll(*kernels, call, ToBwdParams(attrs, call), stream);
@@ -282,77 +243,67 @@ ffi::Error Guard(Stage stage) {
 }
 
 // The handlers proper: one set per op, since FFI derives the decoding from a function's signature.
-template <Op op, typename... HasDlse>
+// A... are the types of Attributes' members, in their order.
+template <Op op, typename... A>
 struct Handlers {
-  static ffi::ErrorOr<std::unique_ptr<CudaState>> OnInstantiate(
-      ffi::RemainingArgs args, ffi::RemainingRets rets, float scale, bool is_causal,
-      int64_t query_offset, bool has_query_offset, bool has_q_lengths, bool has_kv_lengths,
-      int64_t arch, bool deterministic, HasDlse... has_dlse) {
-    const Attributes attrs{
-        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
-        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
+  static ffi::ErrorOr<std::unique_ptr<CudaState>> OnInstantiate(A... attrs) {
     std::unique_ptr<CudaState> state;
     ffi::Error error = Guard([&] {
       state = std::make_unique<CudaState>();
-      return Instantiate(op, attrs, args, rets, *state);
+      return Instantiate(op, Attributes{attrs...}, *state);
     });
     if (error.failure()) return ffi::Unexpected<ffi::Error>(std::move(error));
     return state;
   }
 
-  static ffi::Error OnInitialize(int32_t ordinal, CudaState* state, ffi::RemainingArgs args,
-                                 ffi::RemainingRets rets, float scale, bool is_causal,
-                                 int64_t query_offset, bool has_query_offset, bool has_q_lengths,
-                                 bool has_kv_lengths, int64_t arch, bool deterministic,
-                                 HasDlse... has_dlse) {
-    const Attributes attrs{
-        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
-        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
-    return Guard([&] { return Initialize(op, attrs, ordinal, state, args, rets); });
+  static ffi::Error OnInitialize(int32_t ordinal, CudaState* state, A... attrs) {
+    return Guard([&] { return Initialize(op, Attributes{attrs...}, ordinal, state); });
   }
 
   static ffi::Error OnExecute(driver::CuStream stream, int32_t ordinal, CudaState* state,
-                              ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
-                              bool is_causal, int64_t query_offset, bool has_query_offset,
-                              bool has_q_lengths, bool has_kv_lengths, int64_t arch,
-                              bool deterministic, HasDlse... has_dlse) {
-    const Attributes attrs{
-        scale,          is_causal, query_offset,  has_query_offset,          has_q_lengths,
-        has_kv_lengths, arch,      deterministic, (has_dlse || ... || false)};
-    return Guard([&] { return Execute(op, attrs, stream, ordinal, state, args, rets); });
+                              ffi::RemainingArgs args, ffi::RemainingRets rets, A... attrs) {
+    return Guard(
+        [&] { return Execute(op, Attributes{attrs...}, stream, ordinal, state, args, rets); });
   }
 };
 
-using Fwd = Handlers<Op::kFwd>;
-using Bwd = Handlers<Op::kBwd, bool>;
+using Fwd = Handlers<Op::kFwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
+                     bool, int64_t, int64_t, int64_t>;
+using Bwd = Handlers<Op::kBwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
+                     bool, int64_t, int64_t, int64_t, bool, bool, bool>;
 
 // A binding is moved from by each call that extends it, and can't be moved otherwise.
 template <typename Binding>
 auto BindFwdAttributes(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Attr<float>("scale")
+      .template Attr<float>("soft_cap")
       .template Attr<bool>("is_causal")
       .template Attr<int64_t>("query_offset")
-      .template Attr<bool>("has_query_offset")
-      .template Attr<bool>("has_q_lengths")
-      .template Attr<bool>("has_kv_lengths")
-      .template Attr<int64_t>("arch")
-      .template Attr<bool>("deterministic");
+      .template Attr<int64_t>("window_left")
+      .template Attr<int64_t>("window_right")
+      .template Attr<int64_t>("sink_tokens")
+      .template Attr<int64_t>("aux")
+      .template Attr<bool>("is_bf16")
+      .template Attr<int64_t>("head_dim")
+      .template Attr<int64_t>("head_dim_v")
+      .template Attr<int64_t>("arch");
 }
 
 template <typename Binding>
 auto BindBwdAttributes(Binding&& binding) {
-  return BindFwdAttributes(std::forward<Binding>(binding)).template Attr<bool>("has_dlse");
+  return BindFwdAttributes(std::forward<Binding>(binding))
+      .template Attr<bool>("deterministic")
+      .template Attr<bool>("has_dlse")
+      .template Attr<bool>("has_dslopes");
 }
 
-auto BindInstantiate() { return ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets(); }
+auto BindInstantiate() { return ffi::Ffi::BindInstantiate(); }
 
 auto BindInitialize() {
   return ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
       .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::State<CudaState>>()
-      .RemainingArgs()
-      .RemainingRets();
+      .Ctx<ffi::State<CudaState>>();
 }
 
 auto BindExecute() {

@@ -123,14 +123,4 @@ Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream strea
       "cuMemsetD8Async");
 }
 
-Status FillWords(void* data, uint32_t value, size_t count, driver::CuStream stream) {
-  if (count == 0) return OkStatus();
-  const Cuda* cuda;
-  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
-  return driver::Check(
-      *cuda,
-      cuda->memset_d32_async(reinterpret_cast<driver::CuDevicePtr>(data), value, count, stream),
-      "cuMemsetD32Async");
-}
-
 }  // namespace jfa::launch

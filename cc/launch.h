@@ -50,7 +50,6 @@ Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStre
 
 // Fills device memory on a stream; may be captured too.
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream);
-Status FillWords(void* data, uint32_t value, size_t count, driver::CuStream stream);
 
 }  // namespace jfa::launch
 

@@ -3,9 +3,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cc/cpu/attention.h"
@@ -27,8 +30,8 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 
 nb::dict CpuHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v1"] = Capsule(jfa::cpu::FwdExecute);
-  handlers["jfa_bwd_v1"] = Capsule(jfa::cpu::BwdExecute);
+  handlers["jfa_fwd_v2"] = Capsule(jfa::cpu::FwdExecute);
+  handlers["jfa_bwd_v2"] = Capsule(jfa::cpu::BwdExecute);
   return handlers;
 }
 
@@ -43,9 +46,9 @@ nb::dict Stages(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* initialize,
 
 nb::dict CudaHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v1"] =
+  handlers["jfa_fwd_v2"] =
       Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
-  handlers["jfa_bwd_v1"] =
+  handlers["jfa_bwd_v2"] =
       Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
   return handlers;
 }
@@ -62,15 +65,30 @@ void Raise(const jfa::Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());
 }
 
-// What changes code, as Python spells it: op "fwd" or "bwd", dtype "float16" or "bfloat16".
+// What changes code, as Python spells it: op "fwd" or "bwd", dtype "float16" or "bfloat16", mask
+// "full", "causal" or "local", features by the names of Variant's flags.
 jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head_dim,
-                       int head_dim_v, bool is_causal, bool deterministic) {
-  return {op == "bwd" ? jfa::Op::kBwd : jfa::Op::kFwd,
-          dtype == "float16" ? jfa::DType::kF16 : jfa::DType::kBF16,
-          head_dim,
-          head_dim_v,
-          is_causal ? jfa::Mask::kCausal : jfa::Mask::kFull,
-          deterministic};
+                       int head_dim_v, const std::string& mask,
+                       const std::vector<std::string>& features) {
+  jfa::Variant variant{};
+  variant.op = op == "bwd" ? jfa::Op::kBwd : jfa::Op::kFwd;
+  variant.dtype = dtype == "float16" ? jfa::DType::kF16 : jfa::DType::kBF16;
+  variant.head_dim = head_dim;
+  variant.head_dim_v = head_dim_v;
+  variant.mask = mask == "local"    ? jfa::Mask::kLocal
+                 : mask == "causal" ? jfa::Mask::kCausal
+                                    : jfa::Mask::kFull;
+  const std::pair<const char*, bool*> flags[] = {
+      {"softcap", &variant.softcap},   {"alibi", &variant.alibi},
+      {"segments", &variant.segments}, {"packed", &variant.packed},
+      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic}};
+  for (const std::string& feature : features) {
+    const auto flag = std::find_if(std::begin(flags), std::end(flags),
+                                   [&](const auto& known) { return feature == known.first; });
+    if (flag == std::end(flags)) throw std::invalid_argument("unknown feature " + feature);
+    *flag->second = true;
+  }
+  return variant;
 }
 
 nb::dict ToDict(const jfa::jit::Result& result) {
@@ -88,9 +106,9 @@ nb::dict ToDict(const jfa::jit::Result& result) {
 }
 
 nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
-                 bool is_causal, bool deterministic, int arch) {
+                 const std::string& mask, const std::vector<std::string>& features, int arch) {
   const jfa::Plan plan =
-      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch);
+      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch);
   nb::dict dict;
   nb::list kernels;
   for (const jfa::KernelSpec& kernel : plan.kernels) {
@@ -111,11 +129,11 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
 }
 
 nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
-              bool is_causal, bool deterministic, int arch) {
+              const std::string& mask, const std::vector<std::string>& features, int arch) {
   std::vector<jfa::jit::Result> results;
   {
     nb::gil_scoped_release release;
-    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, is_causal, deterministic), arch,
+    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch,
                          &results));
   }
   nb::list list;
@@ -190,18 +208,19 @@ NB_MODULE(_native, m) {
   m.def("cuda_devices", &CudaDevices);
   m.def(
       "cuda_scratch_floats",
-      [](const std::string& dtype, int head_dim, int head_dim_v, bool is_causal, bool deterministic,
-         int64_t group, int64_t q_len, int64_t kv_len) {
-        return jfa::ScratchFloats(
-            ToVariant("bwd", dtype, head_dim, head_dim_v, is_causal, deterministic), group, q_len,
-            kv_len);
+      [](const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
+         const std::string& mask, const std::vector<std::string>& features, int64_t group,
+         int64_t q_len, int64_t num_sequences) {
+        return jfa::ScratchFloats(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), group,
+                                  q_len, num_sequences);
       },
-      nb::arg("dtype"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("is_causal"),
-      nb::arg("deterministic"), nb::arg("group"), nb::arg("q_len"), nb::arg("kv_len"));
+      nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("mask"),
+      nb::arg("features"), nb::arg("group"), nb::arg("q_len"), nb::arg("num_sequences"));
+  m.def("cuda_slope_partials", &jfa::SlopePartials, nb::arg("kv_len"), nb::arg("num_sequences"));
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
-        nb::arg("head_dim_v"), nb::arg("is_causal"), nb::arg("deterministic"), nb::arg("arch"));
+        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"));
   m.def("cuda_warm", &Warm, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
-        nb::arg("head_dim_v"), nb::arg("is_causal"), nb::arg("deterministic"), nb::arg("arch"));
+        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"));
 
   m.def("jit_compile_source", &CompileSource, nb::arg("symbol"), nb::arg("source"),
         nb::arg("arch_name"));

@@ -1,11 +1,12 @@
 #include "cc/plan.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;      // BwdScratch::kRowPadding
+constexpr int kRowPadding = 128;      // Sequence::kScratchTile
 constexpr int kPreprocessRows = 128;  // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;  // BwdPostprocess::kRows
 constexpr int kMinArch = 80;
@@ -216,7 +217,10 @@ Common MakeCommon(const Variant& variant, const ArchInfo& arch) {
   if (common.head_dim_v != common.head_dim) dims += "x" + std::to_string(common.head_dim_v);
   if (!common.aligned) dims += "_unaligned";
   common.suffix_without_mask = std::string("_") + Name(variant.dtype) + dims;
-  common.suffix = common.suffix_without_mask + "_" + Name(variant.mask);
+  common.suffix = common.suffix_without_mask + "_" + Name(variant.mask) +
+                  (variant.softcap ? "_softcap" : "") + (variant.alibi ? "_alibi" : "") +
+                  (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "");
+  common.suffix_without_mask += variant.packed ? "_packed" : "";
   return common;
 }
 
@@ -226,6 +230,7 @@ Fields CommonFields(const Variant& variant, const Common& common, int warps, int
   AddInt(&fields, "kHeadDim", common.head_dim);
   AddInt(&fields, "kHeadDimV", common.head_dim_v);
   AddBool(&fields, "kAligned", common.aligned);
+  AddBool(&fields, "kPacked", variant.packed);
   AddInt(&fields, "kWarps", warps);
   AddInt(&fields, "kMinBlocks", min_blocks);
   return fields;
@@ -234,6 +239,9 @@ Fields CommonFields(const Variant& variant, const Common& common, int warps, int
 void AddTile(Fields* fields, const Variant& variant, const Common& common, int block_m, int block_n,
              int stages, int smem_bytes) {
   AddInt(fields, "kMask", static_cast<int>(variant.mask));
+  AddBool(fields, "kSoftcap", variant.softcap);
+  AddBool(fields, "kAlibi", variant.alibi);
+  AddBool(fields, "kSegments", variant.segments);
   AddInt(fields, "kBlockM", block_m);
   AddInt(fields, "kBlockN", block_n);
   AddInt(fields, "kStages", stages);
@@ -261,12 +269,14 @@ KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchI
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kDqSums", !variant.deterministic);
+  AddBool(&fields, "kDslopes", variant.dslopes);
   AddInt(&fields, "kWarpsScoreN", tile.warps_score_n);
   AddInt(&fields, "kWarpsKvN", tile.warps_kv_n);
   AddInt(&fields, "kWarpsDqM", tile.warps_dq_m);
   return {"bwd_sm80.cuh",
-          (variant.deterministic ? "jfa_bwd_dkdv_sm80" : "jfa_bwd_sm80") + common.suffix, fields,
-          tile.warps * 32, smem};
+          (variant.deterministic ? "jfa_bwd_dkdv_sm80" : "jfa_bwd_sm80") + common.suffix +
+              (variant.dslopes ? "_dslopes" : ""),
+          fields, tile.warps * 32, smem};
 }
 
 KernelSpec MakeBwdDq(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -307,6 +317,11 @@ int64_t Field(const KernelSpec& kernel, const std::string& name) {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// As NumTiles of kernels/kv_source.cuh.
+int64_t NumTiles(int64_t length, int64_t block, int64_t num_sequences) {
+  return num_sequences > 0 ? length / block + num_sequences + 1 : CeilDiv(length, block);
+}
+
 // File -> the struct in it and the parameters it takes; whether it uses shared memory.
 struct Entry {
   const char *file, *type, *params;
@@ -321,6 +336,14 @@ constexpr Entry kEntries[] = {
 };
 
 }  // namespace
+
+bool operator==(const Variant& a, const Variant& b) {
+  const auto fields = [](const Variant& v) {
+    return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
+                    v.packed, v.deterministic, v.dslopes);
+  };
+  return fields(a) == fields(b);
+}
 
 Plan MakePlan(const Variant& variant, int arch) {
   Plan plan;
@@ -364,26 +387,40 @@ Plan MakePlan(const Variant& variant, int arch) {
 // alone may exceed 65535.
 Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& problem) {
   const KernelSpec& kernel = plan.kernels[index];
-  const int64_t q_heads = problem.batch * problem.num_kv_heads * problem.group;
-  int64_t count = 0;
+  const int64_t kv_heads = problem.batch * problem.num_kv_heads;
+  int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
-    count = CeilDiv(problem.q_len, Field(kernel, "kBlockM")) * q_heads;
+    block = Field(kernel, "kBlockM");
   } else if (kernel.file == "bwd_sm80.cuh") {
-    count =
-        CeilDiv(problem.kv_len, Field(kernel, "kBlockN")) * problem.batch * problem.num_kv_heads;
+    length = problem.kv_len;
+    heads = kv_heads;
+    block = Field(kernel, "kBlockN");
   } else if (kernel.file == "bwd_preprocess.cuh") {
-    count = CeilDiv(problem.q_len, kPreprocessRows) * q_heads;
+    block = kPreprocessRows;
   } else if (kernel.file == "bwd_postprocess.cuh") {
-    count = CeilDiv(problem.q_len, kPostprocessRows) * q_heads;
+    block = kPostprocessRows;
+  } else {
+    return {0, 1, 1};
   }
-  return {static_cast<uint32_t>(count), 1, 1};
+  return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
+}
+
+int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
+  if (num_sequences == 0) return CeilDiv(q_len, kRowPadding) * kRowPadding;
+  return (q_len / kRowPadding + num_sequences + 1) * kRowPadding;
 }
 
 // The layout is BwdScratch in kernels/kv_source.cuh.
-int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t) {
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len,
+                      int64_t num_sequences) {
   if (variant.op == Op::kFwd) return 0;
-  const int64_t rows = CeilDiv(q_len, kRowPadding) * kRowPadding;
-  return group * rows * (2 + (variant.deterministic ? 0 : ClassesOf(variant).head_dim));
+  return group * ScratchRows(q_len, num_sequences) *
+         (2 + (variant.deterministic ? 0 : ClassesOf(variant).head_dim));
+}
+
+// No tile has more warps than an eighth of its keys, none has more than 128 keys.
+int64_t SlopePartials(int64_t kv_len, int64_t num_sequences) {
+  return (kv_len / 128 + num_sequences + 1) * (128 / 8);
 }
 
 std::string ArchName(int arch) {

@@ -17,15 +17,23 @@ enum class DType { kF16, kBF16 };
 // What the mask does to the code. Causal is the one-sided case that needs no left bound.
 enum class Mask { kFull, kCausal, kLocal };
 
-// All that changes code. Lengths, offsets, window sizes, scale and group size are run-time values.
+// All that changes code. Lengths, offsets, window sizes, scale, cap, slopes and group size are
+// run-time values.
 struct Variant {
   Op op;
   DType dtype;
   int head_dim;  // true sizes; the plan rounds them to a tile class
   int head_dim_v;
   Mask mask;
+  bool softcap;
+  bool alibi;
+  bool segments;
+  bool packed;         // cu_seqlens
   bool deterministic;  // backward only: bitwise repeatable dQ
+  bool dslopes;        // backward only: the gradient of ALiBi's slopes
 };
+
+bool operator==(const Variant& a, const Variant& b);
 
 // One kernel, ready to be compiled: the file under cc/kernels/, the fields of its `struct Config`,
 // and how it is launched. Two KernelSpecs with the same fields are the same code.
@@ -54,6 +62,7 @@ struct Problem {
   int64_t group;  // query heads per key head
   int64_t q_len;
   int64_t kv_len;
+  int64_t num_sequences;  // of a packed batch; 0 if it is dense
 };
 
 struct Grid {
@@ -62,9 +71,13 @@ struct Grid {
 // Grid of kernel `index` of the plan. Any zero extent means: nothing to launch.
 Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem);
 
-// float32 words of scratch that one (batch, kv head) needs; 0 for none. Depends on static sizes
-// only, since it is a result shape that XLA plans.
-int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t kv_len);
+// What results that XLA plans must hold for one (batch, kv head); from static sizes only.
+// Rows of backward scratch for one query head: sequences are padded to whole tiles.
+int64_t ScratchRows(int64_t q_len, int64_t num_sequences);
+// float32 words of scratch; 0 for none.
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences);
+// Places for what warps of key tiles add to the slope of one query head.
+int64_t SlopePartials(int64_t kv_len, int64_t num_sequences);
 
 // NVRTC's --gpu-architecture for an arch: "sm_80", "sm_90a".
 std::string ArchName(int arch);

@@ -1,18 +1,16 @@
-"""The public functions: check, canonicalise, choose an implementation."""
+"""The public functions: what they mean, and which implementation they run."""
 
-import math
-import warnings
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from jax_flashattn import _reference, _spec, _vjp
-from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
+from jax_flashattn import _prepare, _reference, _spec, _vjp
 
 Implementation = Literal["cuda", "cpu", "xla"]
+Window = int | tuple[int | None, int | None] | None
+Offset = int | Literal["end"] | ArrayLike | None
 
 
 @overload
@@ -23,7 +21,13 @@ def attention(
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
-    query_offset: int | Literal["end"] | ArrayLike | None = ...,
+    query_offset: Offset = ...,
+    local_window_size: Window = ...,
+    sink_tokens: int = ...,
+    sinks: jax.Array | None = ...,
+    alibi_slopes: jax.Array | None = ...,
+    logits_soft_cap: float | None = ...,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = ...,
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
@@ -42,7 +46,13 @@ def attention(
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
-    query_offset: int | Literal["end"] | ArrayLike | None = ...,
+    query_offset: Offset = ...,
+    local_window_size: Window = ...,
+    sink_tokens: int = ...,
+    sinks: jax.Array | None = ...,
+    alibi_slopes: jax.Array | None = ...,
+    logits_soft_cap: float | None = ...,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = ...,
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
@@ -60,7 +70,13 @@ def attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_offset: int | Literal["end"] | ArrayLike | None = None,
+    query_offset: Offset = None,
+    local_window_size: Window = None,
+    sink_tokens: int = 0,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     return_lse: bool = False,
@@ -77,7 +93,8 @@ def attention(
     (Dao, 2023, arXiv:2307.08691): tiles, an online softmax, and gradients recomputed from the
     log-sum-exp.
 
-    Under `is_causal` key j is visible to query i iff `j <= i + query_offset`::
+    Query i stands at position `i + query_offset`, key j at j. Under `is_causal` key j is visible to
+    query i iff `j <= i + query_offset`::
 
         T = 3, S = 5         query_offset=0 (default)     query_offset='end'
                              x . . . .                    x x x . .
@@ -86,6 +103,10 @@ def attention(
 
     The default is top-left as in `jax.nn.dot_product_attention`; `'end'` is bottom-right as in
     FlashAttention, what decoding wants. Chunked prefill and sequence sharding are other offsets.
+
+    A logit goes through scale, soft cap, ALiBi and mask, in this order. All masks hold at once. Two
+    arguments have "sink" in their name: `sink_tokens` are keys that a window doesn't hide
+    (StreamingLLM), `sinks` are learned logits without a key (gpt-oss). They may be combined.
 
     Args:
       q: queries `[B, T, N, H]`, or `[T, N, H]`, or with more leading axes; float32, bfloat16 or
@@ -97,6 +118,17 @@ def attention(
       query_offset: position of query 0: an int, `'end'` (the sequence's keys minus its queries),
         or an int array, one value or one per sequence. None is 0, and warns if `is_causal` and
         T != S, where the alignment should be chosen.
+      local_window_size: `(left, right)`: key j is visible iff `position - left <= j <= position +
+        right`; None opens a side, an int is both sides. The last W tokens are `(W - 1, 0)`.
+      sink_tokens: the first so many keys of the sequence are visible whatever the window, if
+        causality, lengths and segments allow it (Xiao et al., 2023, arXiv:2309.17453).
+      sinks: `[N]` floats, a logit per query head that adds `exp(sinks[n])` to the softmax's
+        denominator and has no value; differentiable. Counts in the log-sum-exp.
+      alibi_slopes: `[N]` or `[B, N]` floats: `slope * |position - j|` is subtracted from the logits
+        (Press et al., 2021, arXiv:2108.12409); differentiable.
+      logits_soft_cap: c of `c * tanh(logit / c)` (Gemma 2), a positive Python number.
+      segment_ids: ints `[B, T]`, or a pair `[B, T]` and `[B, S]`: a key is visible iff its id is
+        that of the query. Any ids in any order; sorted ones let whole blocks be skipped.
       query_seq_lengths: int array `[B]` (or one value): queries from there on are padding. Their
         output is 0, their log-sum-exp -inf. Clamped to [0, T].
       key_value_seq_lengths: int array `[B]` (or one value): keys from there on are padding, hidden
@@ -112,142 +144,186 @@ def attention(
     Returns:
       Output `[B, T, N, Hv]` in q's dtype. With `return_lse`, also the log-sum-exp, float32, natural
       logarithm, `[B, N, T]` (`[N, T]` for 3-axis input). A query that sees no key has output 0,
-      log-sum-exp -inf and gradient 0. Both are differentiable, in reverse mode.
+      log-sum-exp -inf (`sinks[n]` with sinks) and gradient 0. Both are differentiable, in reverse
+      mode. Keys that only causality, window or segments hide must be finite; padding may be NaN.
 
     Raises:
       TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed.
-      ValueError: shapes that don't fit together, an unknown implementation.
+      ValueError: shapes that don't fit together, a negative window, `sink_tokens` without window or
+        causal mask, an unknown implementation.
       UnsupportedError: `bias` or `mask` (a dense [T, S] array is what this function avoids), head
         dims over 512, a named implementation on another platform, forward-mode differentiation.
     """
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None:
-            raise _spec.UnsupportedError(
-                f"{name} is not supported: a dense [T, S] array is what these kernels avoid. Use "
-                "is_causal, query_offset and the sequence lengths where they say the same, or "
-                "jax.nn.dot_product_attention"
-            )
+    _refuse_dense_arrays(bias, mask)
     return_lse = _spec.static_bool("return_lse", return_lse)
-    call = prepare(
+    call = _prepare.dense(
         q,
         k,
         v,
         scale=scale,
         is_causal=is_causal,
         query_offset=query_offset,
+        local_window_size=local_window_size,
+        sink_tokens=sink_tokens,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        logits_soft_cap=logits_soft_cap,
+        segment_ids=segment_ids,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         deterministic=deterministic,
         implementation=implementation,
     )
-    if 0 in call.q.shape or 0 in call.k.shape:
-        out, lse = _nothing_to_see(call)
-    elif implementation == "xla":
-        out, lse = _reference.attention(*call)
-    else:
-        out, lse = _vjp.attention(*call)
-    batch = jnp.shape(q)[:-3]
-    out, lse = out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, *lse.shape[1:])
-    return (out, lse) if return_lse else out
+    return _run(call, jnp.shape(q)[:-3], return_lse)
 
 
-class Call(NamedTuple):
-    """One call, canonical: what every backend takes."""
 
-    spec: AttentionSpec
-    q: jax.Array  # [B, T, N, H]
-    k: jax.Array  # [B, S, K, H]
-    v: jax.Array  # [B, S, K, Hv]
-    aux: dict[str, jax.Array]  # int32 [B] each
-
-
-def prepare(
-    q: Any,
-    k: Any,
-    v: Any,
+@overload
+def attention_varlen(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     *,
-    scale: Any = None,
-    is_causal: Any = False,
-    query_offset: Any = None,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    deterministic: Any = False,
-    implementation: Any = None,
-) -> Call:
-    """Checks the arguments of `attention` and brings them to their canonical form."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
-        )
-    q, k, v = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (q, k, v))
-    _spec.check_arrays(q, k, v, dense=implementation == "xla")
-    is_causal = _spec.static_bool("is_causal", is_causal)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    scale = _spec.static_number("scale", scale, "multiply q by it instead")
-    if scale <= 0:
-        # Kernels take the maximum before they scale, which needs a positive factor.
-        q, scale = q * jnp.asarray(math.copysign(1, scale) if scale else 0, q.dtype), -scale or 1.0
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_offset: Offset = ...,
+    local_window_size: Window = ...,
+    sink_tokens: int = ...,
+    sinks: jax.Array | None = ...,
+    alibi_slopes: jax.Array | None = ...,
+    logits_soft_cap: float | None = ...,
+    return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
+    implementation: Implementation | None = ...,
+    bias: None = ...,
+    mask: None = ...,
+) -> jax.Array: ...
 
-    batch, T, S = q.shape[:-3], q.shape[-3], k.shape[-3]
-    if query_offset is None and is_causal and T != S:
-        warnings.warn(
-            f"causal attention with {T} queries and {S} keys and no query_offset: query 0 is at "
-            "position 0 (top-left, as in jax.nn). Pass query_offset=0 to say so, or 'end' for "
-            "FlashAttention's bottom-right alignment",
-            stacklevel=3,
-        )
-    aux: dict[str, jax.Array] = {}
-    if query_seq_lengths is not None:
-        aux["q_lengths"] = _spec.int32_per_sequence("query_seq_lengths", query_seq_lengths, batch)
-    if key_value_seq_lengths is not None:
-        aux["kv_lengths"] = _spec.int32_per_sequence(
-            "key_value_seq_lengths", key_value_seq_lengths, batch
-        )
-    offset = _query_offset(query_offset, aux, batch, T, S)
-    if not isinstance(offset, int):
-        aux["query_offset"] = offset
-    if not is_causal:
-        # Positions matter to the mask alone: without one, no operand and no recompilation.
-        aux.pop("query_offset", None)
 
-    spec = AttentionSpec(
+@overload
+def attention_varlen(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_offset: Offset = ...,
+    local_window_size: Window = ...,
+    sink_tokens: int = ...,
+    sinks: jax.Array | None = ...,
+    alibi_slopes: jax.Array | None = ...,
+    logits_soft_cap: float | None = ...,
+    return_lse: Literal[True],
+    deterministic: bool = ...,
+    implementation: Implementation | None = ...,
+    bias: None = ...,
+    mask: None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def attention_varlen(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: Offset = None,
+    local_window_size: Window = None,
+    sink_tokens: int = 0,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    implementation: Implementation | None = None,
+    bias: None = None,
+    mask: None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`attention` over sequences that are packed one after the other, without padding between them.
+
+    Sequence s has the queries `cu_seqlens_q[s]` to `cu_seqlens_q[s + 1]` (exclusive) and the keys
+    `cu_seqlens_kv[s]` to `cu_seqlens_kv[s + 1]`, and each query sees keys of its own sequence only.
+    Positions, offsets, windows and sink tokens count from the start of each sequence. The number of
+    tokens is static, the boundaries are not: changing them compiles nothing.
+
+    Args:
+      q: queries `[total_q, N, H]`, or with leading batch axes (each with its own boundaries).
+      k: keys `[total_kv, K, H]`, dtype and batch axes of q.
+      v: values `[total_kv, K, Hv]`, dtype and batch axes of q.
+      cu_seqlens_q: ints `[n + 1]`, or with q's batch axes before: 0, then where each of n sequences
+        ends. Tokens from the last end on are padding. What doesn't rise from 0 to at most total_q
+        is made to: the first boundary is taken as 0, a boundary below the one before as equal to
+        it (an empty sequence), one beyond the tokens as their end.
+      cu_seqlens_kv: the same for k and v; by default `cu_seqlens_q`.
+      scale: see `attention`.
+      is_causal: see `attention`.
+      query_offset: position of each sequence's first query: an int, `'end'` (keys minus queries of
+        the sequence), or an int array, one value or one per sequence `[n]`. 0 by default.
+      local_window_size: see `attention`.
+      sink_tokens: see `attention`.
+      sinks: see `attention`.
+      alibi_slopes: see `attention`; `[N]`, or with q's batch axes before.
+      logits_soft_cap: see `attention`.
+      return_lse: also return the log-sum-exp, `[N, total_q]` after the batch axes.
+      deterministic: see `attention`.
+      implementation: see `attention`.
+      bias: refused, as by `attention`.
+      mask: refused, as by `attention`.
+
+    Returns:
+      As `attention`: output `[total_q, N, Hv]`, and with `return_lse` the log-sum-exp. Tokens of no
+      sequence have output 0, log-sum-exp -inf and gradient 0.
+
+    Raises:
+      TypeError, ValueError, UnsupportedError: as `attention`; and ValueError where the boundaries'
+        shapes don't fit.
+    """
+    _refuse_dense_arrays(bias, mask)
+    return_lse = _spec.static_bool("return_lse", return_lse)
+    call = _prepare.packed(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
         scale=scale,
         is_causal=is_causal,
-        query_offset=offset if is_causal and isinstance(offset, int) else 0,
-        aux=tuple(name for name in AUX_NAMES if name in aux),
-        deterministic=_spec.static_bool("deterministic", deterministic),
+        query_offset=query_offset,
+        local_window_size=local_window_size,
+        sink_tokens=sink_tokens,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        logits_soft_cap=logits_soft_cap,
+        deterministic=deterministic,
         implementation=implementation,
     )
-    B = math.prod(batch)
-    q, k, v = (x.reshape(B, *x.shape[-3:]) for x in (q, k, v))
-    return Call(spec, q, k, v, {name: x.reshape(B) for name, x in aux.items()})
+    return _run(call, jnp.shape(q)[:-3], return_lse)
 
 
-def _nothing_to_see(call: Call) -> tuple[jax.Array, jax.Array]:
-    """Results where there is no query or no key; nothing is launched."""
-    B, T, N, _ = call.q.shape
-    out = jnp.zeros((B, T, N, call.v.shape[-1]), call.q.dtype)
-    return out, jnp.full((B, N, T), -jnp.inf, jnp.float32)
-
-
-def _query_offset(
-    query_offset: Any, aux: dict[str, jax.Array], batch: tuple[int, ...], T: int, S: int
-) -> int | jax.Array:
-    """The offset: an int where it is the same for all and known now, else int32 `batch`."""
-    if query_offset is None:
-        return 0
-    if isinstance(query_offset, str):
-        if query_offset != "end":
-            raise ValueError(
-                f"query_offset must be an int, 'end' or an int array, got {query_offset!r}"
+def _refuse_dense_arrays(bias: Any, mask: Any) -> None:
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None:
+            raise _spec.UnsupportedError(
+                f"{name} is not supported: a dense [T, S] array is what these kernels avoid. Use "
+                "is_causal, local_window_size, segment_ids, alibi_slopes and the sequence lengths "
+                "where they say the same, or jax.nn.dot_product_attention"
             )
-        if not aux:
-            return S - T
-        q_length = jnp.clip(aux.get("q_lengths", jnp.int32(T)), 0, T)
-        kv_length = jnp.clip(aux.get("kv_lengths", jnp.int32(S)), 0, S)
-        return jnp.broadcast_to(kv_length - q_length, batch)
-    if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
-        info = np.iinfo(np.int32)
-        return int(min(max(query_offset, info.min), info.max))
-    return _spec.int32_per_sequence("query_offset", query_offset, batch)
+
+
+def _run(
+    call: _prepare.Call, batch: tuple[int, ...], return_lse: bool
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    # Where there is no query or no key, nothing is launched: the definition fills the results.
+    empty = 0 in call.q.shape or 0 in call.k.shape
+    backend = _reference if empty or call.spec.implementation == "xla" else _vjp
+    out, lse = backend.attention(*call)
+    out, lse = out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, *lse.shape[1:])
+    return (out, lse) if return_lse else out

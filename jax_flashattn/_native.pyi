@@ -1,29 +1,34 @@
+from collections.abc import Sequence
 from typing import Any
 
 def ffi_api_version() -> tuple[int, int]: ...
 def cpu_handlers() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
-def cpu_bwd_scratch_floats(q_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...
+def cpu_bwd_scratch_floats(
+    q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, num_sequences: int
+) -> int: ...
 def cuda_handlers() -> dict[str, dict[str, Any]]: ...
 def cuda_state_type() -> Any: ...
 def cuda_devices() -> dict[str, Any]: ...
 def cuda_scratch_floats(
+    op: str,
     dtype: str,
     head_dim: int,
     head_dim_v: int,
-    is_causal: bool,
-    deterministic: bool,
+    mask: str,
+    features: Sequence[str],
     group: int,
     q_len: int,
-    kv_len: int,
+    num_sequences: int,
 ) -> int: ...
+def cuda_slope_partials(kv_len: int, num_sequences: int) -> int: ...
 def cuda_explain(
     op: str,
     dtype: str,
     head_dim: int,
     head_dim_v: int,
-    is_causal: bool,
-    deterministic: bool,
+    mask: str,
+    features: Sequence[str],
     arch: int,
 ) -> dict[str, Any]: ...
 def cuda_warm(
@@ -31,8 +36,8 @@ def cuda_warm(
     dtype: str,
     head_dim: int,
     head_dim_v: int,
-    is_causal: bool,
-    deterministic: bool,
+    mask: str,
+    features: Sequence[str],
     arch: int,
 ) -> list[dict[str, Any]]: ...
 def jit_compile_source(symbol: str, source: str, arch_name: str) -> dict[str, Any]: ...

@@ -1,8 +1,8 @@
 """The primitives: types and batching of forward, tangent and backward.
 
 Operands are `q [B, T, N, H]`, `k [B, S, K, H]`, `v [B, S, K, Hv]` and then the optional arrays that
-`spec.aux` names. `tangent_p` is the linear map from input to output tangents; it exists to be
-transposed into `bwd_p` and can't be evaluated.
+`spec.aux` names. `tangent_p` is the linear map from input to output tangents (of q, k, v and of the
+optional arrays in `wrt`); it exists to be transposed into `bwd_p` and can't be evaluated.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_flashattn import _lowering
+from jax_flashattn._calls import Primitive
 from jax_flashattn._sharding import result_aval
-from jax_flashattn._spec import AttentionSpec, Dims, UnsupportedError
+from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, Dims, UnsupportedError
 
 FORWARD_MODE_ADVICE = (
     "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
@@ -43,14 +43,19 @@ def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> lis
     ]
 
 
-def _tangent_abstract(q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec) -> list[Any]:
+def _tangent_abstract(
+    q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, wrt: tuple[str, ...]
+) -> list[Any]:
     return _fwd_abstract(q, k, v, spec=spec)
 
 
 def _bwd_abstract(
-    q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool
+    q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool, has_dslopes: bool
 ) -> list[Any]:
-    return [result_aval(x, x.shape, range(4), x.dtype) for x in (q, k, v)]
+    gradients = [result_aval(x, x.shape, range(4), x.dtype) for x in (q, k, v)]
+    if has_dslopes:
+        gradients.append(result_aval(q, (q.shape[0], q.shape[2]), (0, 2), jnp.float32))
+    return gradients
 
 
 fwd_p.def_abstract_eval(_fwd_abstract)
@@ -84,7 +89,11 @@ def _batch_fwd(args: Sequence[Any], dims: Sequence[Any], *, spec: AttentionSpec)
     # Only the queries are mapped: more query heads per key head, so that k and v aren't copied.
     q = jnp.moveaxis(args[0], dims[0], 3)  # [B, T, N, X, H]
     B, T, N, X, H = q.shape
-    out, lse = fwd_p.bind(q.reshape(B, T, N * X, H), *args[1:], spec=spec)
+    aux = [
+        jnp.repeat(x, X, axis=1) if name in PER_HEAD_AUX else x
+        for name, x in zip(spec.aux, args[3:], strict=True)
+    ]
+    out, lse = fwd_p.bind(q.reshape(B, T, N * X, H), *args[1:3], *aux, spec=spec)
     return [out.reshape(B, T, N, X, out.shape[-1]), lse.reshape(B, N, X, T)], [3, 2]
 
 

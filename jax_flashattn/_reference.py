@@ -6,6 +6,7 @@ order) and partitions wherever XLA does.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +14,110 @@ from jax.typing import DTypeLike
 
 from jax_flashattn._spec import AttentionSpec
 
+Aux = Mapping[str, jax.Array]
+INT32 = jnp.iinfo(jnp.int32)
 
-def visible(spec: AttentionSpec, T: int, S: int, aux: Mapping[str, jax.Array]) -> jax.Array:
+
+class Tokens(NamedTuple):
+    """Where each token of one side stands; int32, broadcastable to `[B, length]`."""
+
+    position: jax.Array  # in its sequence
+    sequence: jax.Array  # number of its sequence
+    exists: jax.Array  # bool: not padding
+
+
+def _tokens(length: int, ends: jax.Array | None, lengths: jax.Array | None) -> Tokens:
+    index = jnp.arange(length, dtype=jnp.int32)[None, :]
+    if ends is None:
+        exists = jnp.ones_like(index, bool) if lengths is None else index < lengths[:, None]
+        return Tokens(index, jnp.zeros_like(index), exists)
+    # Boundaries rise, so the number of ends passed is the sequence.
+    sequence = jnp.sum(index[:, :, None] >= ends[:, None, 1:], axis=-1, dtype=jnp.int32)
+    num_sequences = ends.shape[1] - 1
+    begin = jnp.take_along_axis(ends, jnp.minimum(sequence, num_sequences - 1), axis=1)
+    return Tokens(index - begin, sequence, sequence < num_sequences)
+
+
+def tokens(T: int, S: int, aux: Aux) -> tuple[Tokens, Tokens]:
+    """The places of queries and keys."""
+    return (
+        _tokens(T, aux.get("cu_seqlens_q"), aux.get("q_lengths")),
+        _tokens(S, aux.get("cu_seqlens_kv"), aux.get("kv_lengths")),
+    )
+
+
+def _offsets(spec: AttentionSpec, queries: Tokens, aux: Aux) -> jax.Array:
+    """The query offset of each query's sequence, `[B or 1, T or 1, 1]`."""
+    if "query_offset" not in aux:
+        return jnp.full((1, 1, 1), spec.query_offset, jnp.int32)
+    offset = aux["query_offset"]
+    if offset.ndim == 1:
+        return offset[:, None, None]
+    sequence = jnp.minimum(queries.sequence, offset.shape[1] - 1)
+    return jnp.take_along_axis(offset, sequence, axis=1)[:, :, None]
+
+
+def _pairs(queries: Tokens, keys: Tokens) -> jax.Array:
+    """Key position minus query position, `[B or 1, T, S]`."""
+    return keys.position[:, None, :] - queries.position[:, :, None]
+
+
+def visible(spec: AttentionSpec, T: int, S: int, aux: Aux) -> jax.Array:
     """Which keys each query sees: bool, broadcastable to `[B, T, S]`."""
-    i = jnp.arange(T, dtype=jnp.int32)[None, :, None]
-    j = jnp.arange(S, dtype=jnp.int32)[None, None, :]
-    mask = jnp.ones((1, T, S), bool)
+    queries, keys = tokens(T, S, aux)
+    offset, distance = _offsets(spec, queries, aux), _pairs(queries, keys)
+    mask = queries.exists[:, :, None] & keys.exists[:, None, :]
+    mask &= queries.sequence[:, :, None] == keys.sequence[:, None, :]
     if spec.is_causal:
-        # j - i <= offset, not j <= i + offset: the sum would overflow for a huge offset.
-        mask &= j - i <= per_sequence(aux, "query_offset", spec.query_offset)
-    if "q_lengths" in aux:
-        mask &= i < per_sequence(aux, "q_lengths", T)
-    if "kv_lengths" in aux:
-        mask &= j < per_sequence(aux, "kv_lengths", S)
+        mask &= distance <= offset
+    if spec.mask_kind == "local":
+        # Sums saturate: an offset or a window may be as large as int32 is.
+        window = jnp.ones_like(mask)
+        if spec.window_left is not None:
+            overflow = offset < INT32.min + spec.window_left
+            window &= distance >= jnp.where(overflow, INT32.min, offset - spec.window_left)
+        if spec.window_right is not None:
+            overflow = offset > INT32.max - spec.window_right
+            window &= distance <= jnp.where(overflow, INT32.max, offset + spec.window_right)
+        mask &= window | (keys.position[:, None, :] < spec.sink_tokens)
+    if "q_segment_ids" in aux:
+        mask &= aux["q_segment_ids"][:, :, None] == aux["kv_segment_ids"][:, None, :]
     return mask
 
 
-def per_sequence(aux: Mapping[str, jax.Array], name: str, default: int) -> jax.Array:
-    """The `[B, 1, 1]` array of that name, or the default."""
-    return aux[name][:, None, None] if name in aux else jnp.asarray(default, jnp.int32)
+def logits(
+    spec: AttentionSpec, scores: jax.Array, T: int, S: int, aux: Aux
+) -> tuple[jax.Array, jax.Array]:
+    """Logits from `q k^T`, in its dtype and shape `[B, K, G, T, S]`.
+
+    Returns:
+      the logits, and the derivative of each by its score.
+    """
+    B, K, G = scores.shape[:3]
+    dtype = scores.dtype
+    x = scores * jnp.asarray(spec.scale, dtype)
+    slope = jnp.full_like(x, spec.scale)
+    if spec.soft_cap is not None:
+        cap = jnp.asarray(spec.soft_cap, dtype)
+        tanh = jnp.tanh(x / cap)
+        x, slope = cap * tanh, slope * (1 - tanh * tanh)
+    if "alibi_slopes" in aux:
+        alibi = aux["alibi_slopes"].reshape(B, K, G, 1, 1).astype(dtype)
+        x -= alibi * distances(spec, T, S, aux, dtype)[:, None, None]
+    return x, slope
 
 
-def before_end(length: int, lengths: jax.Array) -> jax.Array:
-    """Which of `length` positions are not padding: bool `[B, length, 1, 1]`."""
-    return jnp.arange(length, dtype=jnp.int32)[None, :, None, None] < lengths[:, None, None, None]
+def distances(spec: AttentionSpec, T: int, S: int, aux: Aux, dtype: DTypeLike) -> jax.Array:
+    """`|position of the query - position of the key|`, `[B or 1, T, S]`."""
+    queries, keys = tokens(T, S, aux)
+    # As floats: the sum with a huge offset overflows int32.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    distance = _offsets(spec, queries, aux).astype(wide) - _pairs(queries, keys).astype(wide)
+    return abs(distance).astype(dtype)
+
+
+def _zero_padding(x: jax.Array, exists: jax.Array) -> jax.Array:
+    return jnp.where(exists[:, :, None, None], x, 0)
 
 
 def attention(
@@ -44,7 +125,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    aux: Mapping[str, jax.Array],
+    aux: Aux,
     *,
     softmax_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -55,33 +136,37 @@ def attention(
       q: `[B, T, N, H]`.
       k: `[B, S, K, H]`; query head n reads key head `n // (N // K)`.
       v: `[B, S, K, Hv]`.
-      aux: the optional arrays, int32 `[B]` each: `query_offset`, `q_lengths`, `kv_lengths`.
+      aux: the optional arrays, as `_spec.AUX_NAMES` says.
       softmax_dtype: dtype of everything between the two matrix products, which accumulate in at
         least float32, its default. Tests set the inputs' dtype, for the low-precision twin.
 
     Returns:
       `out [B, T, N, Hv]` in q's dtype and the log-sum-exp `lse [B, N, T]` in at least float32. A
-      query that sees nothing has output 0 and lse -inf.
+      query that sees nothing has output 0 and lse -inf, or the logit of its sink.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     accumulator = q.dtype if q.dtype == jnp.float64 else jnp.dtype(jnp.float32)
     dtype = jnp.dtype(accumulator if softmax_dtype is None else softmax_dtype)
+    queries, keys = tokens(T, S, aux)
     # Padding may hold anything, NaN included, and 0 * NaN is NaN: it is zeroed, not only masked.
-    if "q_lengths" in aux:
-        q = jnp.where(before_end(T, aux["q_lengths"]), q, 0)
-    if "kv_lengths" in aux:
-        k = jnp.where(before_end(S, aux["kv_lengths"]), k, 0)
-        v = jnp.where(before_end(S, aux["kv_lengths"]), v, 0)
+    if "q_lengths" in aux or "cu_seqlens_q" in aux:
+        q = _zero_padding(q, queries.exists)
+    if "kv_lengths" in aux or "cu_seqlens_kv" in aux:
+        k, v = _zero_padding(k, keys.exists), _zero_padding(v, keys.exists)
 
     q = q.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accumulator)
-    logits = logits.astype(dtype) * jnp.asarray(spec.scale, dtype)
-    mask = visible(spec, T, S, aux)[:, None, None]
-    logits = jnp.where(mask, logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accumulator)
+    x, _ = logits(spec, scores.astype(dtype), T, S, aux)
+    x = jnp.where(visible(spec, T, S, aux)[:, None, None], x, -jnp.inf)
+    top = jnp.max(x, axis=-1, keepdims=True, initial=-jnp.inf)
+    sink = jnp.full((1, 1, 1, 1, 1), -jnp.inf, dtype)
+    if "sinks" in aux:
+        sink = aux["sinks"].reshape(B, K, N // K, 1, 1).astype(dtype)
+        sink = jnp.where(queries.exists[:, None, None, :, None], sink, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(top, sink))
     top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = jnp.exp(x - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     weights = (weights / total).astype(v.dtype)

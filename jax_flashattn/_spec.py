@@ -1,7 +1,7 @@
 """What is static about one attention call, and its checks.
 
 `AttentionSpec` is a value that travels unchanged from the public function to the lowering rule;
-everything else is arrays. Masks, biases and scales that come later are fields here.
+everything else is arrays.
 """
 
 import dataclasses
@@ -17,8 +17,22 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 512
 
-# Optional arrays in the order in which they follow q, k, v as operands; all int32 [B].
-AUX_NAMES = ("query_offset", "q_lengths", "kv_lengths")
+MAX_LENGTH = 2**30  # the kernels add positions in int32
+
+# Optional arrays in the order in which they follow q, k, v as operands. The position in this tuple
+# is the array's bit in the custom calls' attribute `aux`.
+AUX_NAMES = (
+    "query_offset",  # int32 [B]; [B, n] with cu_seqlens
+    "q_lengths",  # int32 [B]
+    "kv_lengths",  # int32 [B]
+    "q_segment_ids",  # int32 [B, T]
+    "kv_segment_ids",  # int32 [B, S]
+    "alibi_slopes",  # float32 [B, N]
+    "sinks",  # float32 [B, N]
+    "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
+    "cu_seqlens_kv",  # int32 [B, n + 1]
+)
+PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
 
 
 class UnsupportedError(NotImplementedError):
@@ -31,7 +45,11 @@ class AttentionSpec:
 
     Attributes:
       scale: positive factor of the logits.
-      is_causal: key j is visible to query i iff j <= i + offset.
+      soft_cap: c of `c * tanh(logit / c)`, or None.
+      is_causal: hides key j from query i unless j <= i + offset.
+      window_left: hides key j unless i + offset - window_left <= j; None is open.
+      window_right: hides key j unless j <= i + offset + window_right; None is open.
+      sink_tokens: keys below are not hidden by the window.
       query_offset: the offset where no `query_offset` array is given.
       aux: names of the optional arrays that are given, a subsequence of `AUX_NAMES`.
       deterministic: gradients are bitwise repeatable, also where that is slower.
@@ -39,11 +57,26 @@ class AttentionSpec:
     """
 
     scale: float
+    soft_cap: float | None = None
     is_causal: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    sink_tokens: int = 0
     query_offset: int = 0
     aux: tuple[str, ...] = ()
     deterministic: bool = False
     implementation: str | None = None
+
+    @property
+    def mask_kind(self) -> str:
+        """What the mask does to the code of a kernel: 'full', 'causal' or 'local'."""
+        if self.window_left is not None or self.window_right is not None:
+            return "local"
+        return "causal" if self.is_causal else "full"
+
+    def without_aux(self, name: str) -> "AttentionSpec":
+        """The same call without one of the optional arrays."""
+        return dataclasses.replace(self, aux=tuple(x for x in self.aux if x != name))
 
 
 class Dims(NamedTuple):
@@ -105,6 +138,10 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
             f"the heads of q must be a multiple of the heads of k (grouped-query attention), "
             f"got {q.shape[-2]} and {k.shape[-2]}"
         )
+    if not dense and max(q.shape[-3], k.shape[-3]) > MAX_LENGTH:
+        raise UnsupportedError(
+            f"lengths up to 2**30 are supported, got {q.shape[-3]} for q and {k.shape[-3]} for k"
+        )
     if not dense and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         raise UnsupportedError(
             f"head dims up to {MAX_HEAD_DIM} are supported, got {q.shape[-1]} for q and k, "
@@ -132,8 +169,19 @@ def static_bool(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def int32_per_sequence(name: str, x: Any, batch_shape: Sequence[int]) -> jax.Array:
-    """`x` as int32 of shape `batch_shape`; a scalar serves every sequence."""
+def static_int(name: str, x: Any, least: int) -> int:
+    """`x` as an int from `least` on, cut to int32; TypeError for a tracer or a non-integer."""
+    if isinstance(x, Tracer):
+        raise TypeError(f"{name} must be a Python int, got a traced value; mark it static in jit")
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"{name} must be a Python int, got {type(x).__name__}")
+    if x < least:
+        raise ValueError(f"{name} must be at least {least}, got {x}")
+    return min(int(x), np.iinfo(np.int32).max)
+
+
+def int32_array(name: str, x: Any, shapes: Sequence[tuple[int, ...]], what: str) -> jax.Array:
+    """`x` as int32, of one of `shapes`; `what` says in words what these are."""
     if not isinstance(x, (jax.Array, np.ndarray, np.integer, int, list, tuple)) or isinstance(
         x, bool
     ):
@@ -141,13 +189,32 @@ def int32_per_sequence(name: str, x: Any, batch_shape: Sequence[int]) -> jax.Arr
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
-    if x.shape not in ((), tuple(batch_shape)):
-        raise ValueError(
-            f"{name} must be a scalar or have shape {tuple(batch_shape)}, one value per sequence, "
-            f"got shape {x.shape}"
-        )
+    if x.shape not in shapes:
+        raise ValueError(f"{name} must {what}, got shape {x.shape}")
     # Wider or unsigned values saturate instead of wrapping into another meaning.
     info = jnp.iinfo(jnp.int32)
     if jnp.iinfo(x.dtype).max > info.max:
         x = jnp.clip(x, max(info.min, jnp.iinfo(x.dtype).min), info.max)
-    return jnp.broadcast_to(x.astype(jnp.int32), batch_shape)
+    return x.astype(jnp.int32)
+
+
+def int32_per_sequence(name: str, x: Any, shape: Sequence[int]) -> jax.Array:
+    """`x` as int32 of that shape, one value per sequence; a scalar serves every sequence."""
+    what = f"be a scalar or have shape {tuple(shape)}, one value per sequence"
+    return jnp.broadcast_to(int32_array(name, x, [(), tuple(shape)], what), shape)
+
+
+def float32_per_head(name: str, x: Any, batch: Sequence[int], num_heads: int) -> jax.Array:
+    """`x` as float32 `[*batch, num_heads]`, one value per query head; `[num_heads]` serves all."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    shape = (*batch, num_heads)
+    if x.shape not in ((num_heads,), shape):
+        raise ValueError(
+            f"{name} must have shape ({num_heads},) or {shape}, one value per query head, "
+            f"got {x.shape}"
+        )
+    x = jnp.asarray(x, jnp.float32)
+    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)

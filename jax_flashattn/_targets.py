@@ -14,8 +14,8 @@ from jax_flashattn import _native
 
 # The version in the name is that of the operands and attributes: exported programs and XLA's
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
-FWD_TARGET = "jfa_fwd_v1"
-BWD_TARGET = "jfa_bwd_v1"
+FWD_TARGET = "jfa_fwd_v2"
+BWD_TARGET = "jfa_bwd_v2"
 
 
 def _check_ffi_version() -> None:
@@ -53,7 +53,7 @@ def _register() -> None:
     for name, handler in _native.cpu_handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
         jax.ffi.register_ffi_target_as_batch_partitionable(name)
-    jax.ffi.register_ffi_type("jfa_cuda_state_v1", _native.cuda_state_type(), platform="CUDA")
+    jax.ffi.register_ffi_type("jfa_cuda_state_v2", _native.cuda_state_type(), platform="CUDA")
     for name, stages in _native.cuda_handlers().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
     _native.set_nvrtc_search_paths(_nvrtc_directories())

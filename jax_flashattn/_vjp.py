@@ -15,7 +15,7 @@ from jax.interpreters import ad
 
 from jax_flashattn._primitives import bwd_p, fwd_p, tangent_p
 from jax_flashattn._sharding import to_common_vma
-from jax_flashattn._spec import AttentionSpec
+from jax_flashattn._spec import DIFFERENTIABLE_AUX, AttentionSpec
 
 # Names of the residuals for jax.checkpoint policies; q, k and v are kept beside them.
 OUT_NAME = "flash_attention_out"
@@ -29,7 +29,7 @@ def attention(
     v: jax.Array,
     aux: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """`out [B, T, N, Hv]` and `lse [B, N, T]`, differentiable in q, k and v.
+    """`out [B, T, N, Hv]` and `lse [B, N, T]`, differentiable in q, k, v, slopes and sinks.
 
     The gradients follow FlashAttention-2 (Dao, 2023, arXiv:2307.08691), with the cotangent of the
     log-sum-exp subtracted from rowsum(dout * out).
@@ -42,24 +42,55 @@ def attention(
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: AttentionSpec) -> Any:
     out, lse = fwd_p.bind(*primals, spec=spec)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
-    dqkv = [ad.instantiate_zeros(t) for t in tangents[:3]]
-    return [out, lse], tangent_p.bind(*primals, out, lse, *dqkv, spec=spec)
+    of_aux = dict(zip(spec.aux, tangents[3:], strict=True))
+    wrt = tuple(x for x in DIFFERENTIABLE_AUX if x in of_aux and type(of_aux[x]) is not ad.Zero)
+    linear = [ad.instantiate_zeros(t) for t in (*tangents[:3], *(of_aux[x] for x in wrt))]
+    return [out, lse], tangent_p.bind(*primals, out, lse, *linear, spec=spec, wrt=wrt)
 
 
-def _transpose(cotangents: Sequence[Any], *operands: Any, spec: AttentionSpec) -> list[Any]:
-    *primals, out, lse, _, _, _ = operands
+def _transpose(
+    cotangents: Sequence[Any], *operands: Any, spec: AttentionSpec, wrt: tuple[str, ...]
+) -> list[Any]:
+    num_linear = 3 + len(wrt)
+    *primals, out, lse = operands[:-num_linear]
     dout, dlse = cotangents
-    no_gradient = [None] * (len(operands) - 3)
+    no_gradient = [None] * (len(operands) - num_linear)
     if type(dout) is ad.Zero and type(dlse) is ad.Zero:
-        return [*no_gradient, *(ad.Zero(x.aval) for x in operands[-3:])]
+        return [*no_gradient, *(ad.Zero(x.aval) for x in operands[-num_linear:])]
     if type(dout) is ad.Zero:
         dout = jnp.zeros_like(out)
     has_dlse = type(dlse) is not ad.Zero
-    q, k, v, *aux = primals
+    q, k, v = primals[:3]
+    aux = dict(zip(spec.aux, primals[3:], strict=True))
+    # lse counts the sinks already: the kernels need them no more.
+    spec = spec.without_aux("sinks")
+    has_dslopes = "alibi_slopes" in wrt
     gradients = bwd_p.bind(
-        q, k, v, out, lse, dout, *([dlse] * has_dlse), *aux, spec=spec, has_dlse=has_dlse
+        *(q, k, v, out, lse, dout, *([dlse] * has_dlse), *(aux[name] for name in spec.aux)),
+        spec=spec,
+        has_dlse=has_dlse,
+        has_dslopes=has_dslopes,
     )
+    if "sinks" in wrt:
+        gradients.append(_dsinks(aux["sinks"], out, lse, dout, dlse if has_dlse else None))
     return [*no_gradient, *gradients]
+
+
+def _dsinks(
+    sinks: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None
+) -> jax.Array:
+    """Gradient of the sinks `[B, N]`: -sum over queries of weight * (rowsum(dout * out) - dlse).
+
+    One pass over out and dout; needs no logit.
+    """
+    f32 = jnp.float32
+    delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1).swapaxes(1, 2)
+    if dlse is not None:
+        delta -= dlse
+    # Padding has no sink, and its cotangents may hold anything.
+    exists = lse != -jnp.inf
+    weights = jnp.exp(sinks[:, :, None] - jnp.where(exists, lse, 0))
+    return -jnp.sum(jnp.where(exists, weights * delta, 0), axis=-1)
 
 
 ad.primitive_jvps[fwd_p] = _jvp

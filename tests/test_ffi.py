@@ -21,7 +21,7 @@ OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
 
 def forward(*operands, out=OUT, lse=LSE, out_dtype=jnp.float32, **attributes):
     results = (jax.ShapeDtypeStruct(out, out_dtype), jax.ShapeDtypeStruct(lse, jnp.float32))
-    return jax.ffi.ffi_call("jfa_fwd_v1", results)(*operands, **{**ATTRIBUTES, **attributes})
+    return jax.ffi.ffi_call("jfa_fwd_v2", results)(*operands, **{**ATTRIBUTES, **attributes})
 
 
 def test_valid_call():
@@ -71,7 +71,7 @@ def test_bad_backward():
     scratch = jax.ShapeDtypeStruct((2, 1), jnp.float32)
     out, lse = jnp.zeros(OUT), jnp.zeros(LSE)
     attributes = {**ATTRIBUTES, "has_dlse": np.bool_(False)}
-    call = jax.ffi.ffi_call("jfa_bwd_v1", (*results, scratch))
+    call = jax.ffi.ffi_call("jfa_bwd_v2", (*results, scratch))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"scratch must be float32\[2, "):
         jax.block_until_ready(call(Q, K, V, out, lse, out, **attributes))
     with pytest.raises(jax.errors.JaxRuntimeError, match="operand dout is missing"):

@@ -1,7 +1,7 @@
 // dQ alone, without atomics: what `deterministic` runs beside a main kernel that leaves dQ out.
 // It recomputes S and dP (7 products instead of 5), and repeats bit by bit.
 //
-// One CTA = one row tile of one query head; keys are walked left to right. As in the forward, warp
+// One CTA = one row tile of one query head; keys are walked as in the forward, and as there warp
 // w owns the 16-row blocks w, w + kWarps, ..., and dS stays in registers as operand A of dS K.
 // Barriers    __syncthreads only. kStages 2: K and V are loaded a block ahead; 1: after use.
 // Shared      Q, dO kBlockM * (kHeadDim + kHeadDimV); K, V kStages * kBlockN * (same), times 2.
@@ -10,7 +10,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_BWD_DQ_SM80_CUH_
 
 #include "kv_source.cuh"
-#include "mask.cuh"
+#include "row_scores.cuh"
 
 namespace jfa {
 
@@ -22,6 +22,7 @@ struct BwdDqSm80 {
   static constexpr int kKeyBlocks = C::kBlockN / 16;
   static constexpr int kDimBlocks = C::kHeadDim / 16;
 
+  using Place = RowScores<C::kWarps, kRowBlocks, kKeyBlocks>;
   using TileQ = SmemTile<C::kBlockM, C::kHeadDim>;
   using TileDo = SmemTile<C::kBlockM, C::kHeadDimV>;
   using TileK = SmemTile<C::kBlockN, C::kHeadDim>;
@@ -36,44 +37,52 @@ struct BwdDqSm80 {
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem) {
     const ProblemParams& problem = params.problem;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int num_row_tiles = CeilDiv(problem.q_len, C::kBlockM);
     WorkItem work = ScheduleWork(
-        blockIdx.x, num_row_tiles, problem.batch, problem.num_heads, problem.group,
+        blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
+        problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
         C::kL2Bytes);
-    if (kMask != MaskKind::kFull) work.block = num_row_tiles - 1 - work.block;
+    Sequence sequence;
+    if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {
+      return;
+    }
     const int row0 = work.block * C::kBlockM;
     const int kv_head = work.head / problem.group;
-    const Sequence sequence(problem, work.batch, kv_head);
-    const BandMask<kMask> mask(sequence.q_len, sequence.kv_len, sequence.offset,
-                               problem.window_left, problem.window_right);
-    const BlockRange keys = mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM);
+    const BandMask<kMask> mask(problem, sequence);
+    const SegmentIds<C::kSegments> ids(problem, work.batch, kv_head);
+    const auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
+        mask, ids, row0, reinterpret_cast<int*>(smem));
 
     const uint32 smem_q = SmemAddress(smem);
     const uint32 smem_do = smem_q + TileQ::kBytes;
     const uint32 smem_k = smem_do + TileDo::kBytes;
     const uint32 smem_v = smem_k + C::kStages * TileK::kBytes;
     const TileLoader<TileK, kThreads, C::kAligned> load_k(
-        HeadPointer(params.k, work.batch, kv_head), params.k.row_stride, problem.head_dim);
+        RowPointer(params.k, work.batch, kv_head, sequence.kv_begin), params.k.row_stride,
+        problem.head_dim);
     const TileLoader<TileV, kThreads, C::kAligned> load_v(
-        HeadPointer(params.v, work.batch, kv_head), params.v.row_stride, problem.head_dim_v);
+        RowPointer(params.v, work.batch, kv_head, sequence.kv_begin), params.v.row_stride,
+        problem.head_dim_v);
 
     float dq[kRowBlocks][2 * kDimBlocks][4];
     Clear(dq);
 
-    if (keys.begin < keys.end) {
+    int block = walk.First();
+    if (block >= 0) {
       const TileLoader<TileQ, kThreads, C::kAligned> load_q(
-          HeadPointer(params.q, work.batch, work.head), params.q.row_stride, problem.head_dim);
+          RowPointer(params.q, work.batch, work.head, sequence.q_begin), params.q.row_stride,
+          problem.head_dim);
       const TileLoader<TileDo, kThreads, C::kAligned> load_do(
-          HeadPointer(params.dout, work.batch, work.head), params.dout.row_stride,
-          problem.head_dim_v);
+          RowPointer(params.dout, work.batch, work.head, sequence.q_begin),
+          params.dout.row_stride, problem.head_dim_v);
       load_q.Load(smem_q, row0, sequence.q_len);
       load_do.Load(smem_do, row0, sequence.q_len);
-      load_k.Load(smem_k, keys.begin * C::kBlockN, sequence.kv_len);
-      load_v.Load(smem_v, keys.begin * C::kBlockN, sequence.kv_len);
+      load_k.Load(smem_k, block * C::kBlockN, sequence.kv_len);
+      load_v.Load(smem_v, block * C::kBlockN, sequence.kv_len);
       CpAsyncCommit();
 
-      const BwdScratch scratch = BwdScratch::Of<false, C::kHeadDim>(params, work.batch, work.head);
+      const BwdScratch scratch =
+          BwdScratch::Of<false, C::kHeadDim>(params, sequence, work.batch, work.head);
       float lse[2 * kRowBlocks], delta[2 * kRowBlocks];
 #pragma unroll
       for (int r = 0; r < 2 * kRowBlocks; ++r) {
@@ -81,24 +90,23 @@ struct BwdDqSm80 {
         lse[r] = scratch.lse_log2[row];
         delta[r] = scratch.delta[row];
       }
-      // As in bwd_sm80: a hidden logit is -inf after a scale of any sign, and zero is "tiny".
-      const float scale = problem.scale_log2 == 0.f ? 1e-37f : problem.scale_log2;
-      const float hidden = scale < 0.f ? Infinity() : -Infinity();
+      const LogitMap<C::kSoftcap, C::kAlibi> logits(problem, sequence, work.batch, work.head);
 
       uint32 stage = 0;
 #pragma unroll 1
-      for (int block = keys.begin; block < keys.end; ++block) {
+      while (block >= 0) {
         const int key0 = block * C::kBlockN;
+        const int next = walk.Next(block);
         const uint32 k_tile = smem_k + stage * TileK::kBytes;
         const uint32 v_tile = smem_v + stage * TileV::kBytes;
         CpAsyncWait<0>();
         __syncthreads();  // this block is there; all warps are done with the one before
-        if (C::kStages == 2 && block + 1 < keys.end) {
-          load_k.Load(smem_k + (stage ^ 1) * TileK::kBytes, key0 + C::kBlockN, sequence.kv_len);
-          load_v.Load(smem_v + (stage ^ 1) * TileV::kBytes, key0 + C::kBlockN, sequence.kv_len);
+        if (C::kStages == 2 && next >= 0) {
+          load_k.Load(smem_k + (stage ^ 1) * TileK::kBytes, next * C::kBlockN, sequence.kv_len);
+          load_v.Load(smem_v + (stage ^ 1) * TileV::kBytes, next * C::kBlockN, sequence.kv_len);
           CpAsyncCommit();
         }
-        float s[kRowBlocks][2 * kKeyBlocks][4], dp[kRowBlocks][2 * kKeyBlocks][4];
+        typename Place::Array s, dp;
         Clear(s);
         Gemm<C::kBf16, C::kHeadDim / 16>(
             s, Operand<TileQ, Side::kA, false, C::kWarps>(smem_q, warp, lane),
@@ -108,19 +116,11 @@ struct BwdDqSm80 {
             dp, Operand<TileDo, Side::kA, false, C::kWarps>(smem_do, warp, lane),
             Operand<TileV, Side::kB, false, 1>(v_tile, 0, lane));
         if (mask.template NeedsMask<C::kBlockM, C::kBlockN>(row0, key0)) {
-#pragma unroll
-          for (int r = 0; r < 2 * kRowBlocks; ++r) {
-            const int thread = ReadThreadIndex();
-            const int row = row0 + 16 * (thread / kWarpSize + C::kWarps * (r / 2)) +
-                            thread % kWarpSize / 4 + r % 2 * 8;
-            const Window seen = mask.KeysOf(row).From(key0 + thread % 4 * 2);
-#pragma unroll
-            for (int n = 0; n < 2 * kKeyBlocks; ++n) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                if (!mask.InKeys(seen, 8 * n + e)) s[r / 2][n][r % 2 * 2 + e] = hidden;
-              }
-            }
+          Place::HideBand(s, mask, row0, key0);
+        }
+        if constexpr (C::kSegments) {
+          if (!walk.keys.template RangeOf<C::kBlockN>(block).IsOneWith(walk.own)) {
+            Place::HideOtherSegments(s, ids, row0, key0);
           }
         }
         const Operand<TileK, Side::kB, true, 1> op_k(k_tile, 0, lane);
@@ -134,9 +134,11 @@ struct BwdDqSm80 {
             for (int side = 0; side < 2; ++side) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                const int r = 2 * m + e / 2;
-                ds[side][e] = Exp2(fmaf(s[m][2 * k + side][e], scale, -lse[r])) *
-                              (dp[m][2 * k + side][e] - delta[r]);
+                const int r = 2 * m + e / 2, column = 16 * k + 8 * side + e % 2;
+                const float distance =
+                    logits.Distance(Place::RowOf(row0, r), Place::KeyOf(key0)) - column;
+                const Weight weight = Weigh(logits, s[m][2 * k + side][e], distance, lse[r]);
+                ds[side][e] = weight.p * (dp[m][2 * k + side][e] - delta[r]) * weight.slope;
               }
             }
             PackBlock<C::kBf16>(a[m], ds[0], ds[1]);
@@ -145,14 +147,15 @@ struct BwdDqSm80 {
         }
         if (C::kStages == 1) {
           __syncthreads();  // all warps are done with K and V
-          if (block + 1 < keys.end) {
-            load_k.Load(smem_k, key0 + C::kBlockN, sequence.kv_len);
-            load_v.Load(smem_v, key0 + C::kBlockN, sequence.kv_len);
+          if (next >= 0) {
+            load_k.Load(smem_k, next * C::kBlockN, sequence.kv_len);
+            load_v.Load(smem_v, next * C::kBlockN, sequence.kv_len);
             CpAsyncCommit();
           }
         } else {
           stage ^= 1;
         }
+        block = next;
       }
     }
 
@@ -173,9 +176,9 @@ struct BwdDqSm80 {
       }
     }
     __syncthreads();
-    StoreTile<TileQ, kThreads, C::kAligned>(smem_q, HeadPointer(params.dq, work.batch, work.head),
-                                            params.dq.row_stride, problem.head_dim, row0,
-                                            problem.q_len);
+    StoreTile<TileQ, kThreads, C::kAligned>(
+        smem_q, RowPointer(params.dq, work.batch, work.head, sequence.q_begin),
+        params.dq.row_stride, problem.head_dim, row0, sequence.q_rows);
   }
 };
 

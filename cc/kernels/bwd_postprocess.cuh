@@ -29,13 +29,16 @@ struct BwdPostprocess {
   static JFA_DEVICE void Run(const BwdParams& params) {
     const ProblemParams& problem = params.problem;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const uint32 num_tiles = CeilDiv(problem.q_len, kRows);
+    const uint32 num_tiles = NumTiles<C::kPacked, kRows>(problem, problem.q_len);
     const uint32 head_index = blockIdx.x / num_tiles;
-    const int row0 = static_cast<int>(blockIdx.x - head_index * num_tiles) * kRows;
     const int batch = head_index / problem.num_heads, head = head_index % problem.num_heads;
-    const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(params, batch, head);
+    WorkItem work = {static_cast<int>(blockIdx.x - head_index * num_tiles), batch, head};
+    Sequence sequence;
+    if (!SelectQueries<C::kPacked, kRows>(problem, false, work, sequence)) return;
+    const int row0 = work.block * kRows;
+    const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, head);
     const float* sums = scratch.dq + static_cast<int64>(row0) * C::kHeadDim;
-    uint16* dq = HeadPointer(params.dq, batch, head);
+    uint16* dq = RowPointer(params.dq, batch, head, sequence.q_begin);
 #pragma unroll
     for (int i = 0; i < kBlocks / C::kWarps; ++i) {
       const int block = warp * (kBlocks / C::kWarps) + i;
@@ -48,7 +51,7 @@ struct BwdPostprocess {
           x[e] = problem.scale * sums[block * 256 + DqElement(half, e, lane)];
         }
         const int row = row0 + block / kColumnBlocks * 16 + lane / 4 + 8 * half;
-        if (row < problem.q_len) {
+        if (row < sequence.q_rows) {
           uint16* target = dq + row * params.dq.row_stride;
           StorePair(target, column, problem.head_dim, x[0], x[1]);
           StorePair(target, column + 8, problem.head_dim, x[2], x[3]);

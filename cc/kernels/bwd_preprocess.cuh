@@ -1,5 +1,5 @@
 // Before the backward: delta = rowsum(dO * O) - dLSE and LSE in log2 units, both padded to whole
-// tiles, and zeros where dQ will be summed.
+// tiles, and zeros where dQ and the slopes' gradient will be summed.
 //
 // One CTA = 128 rows of one query head; kLanes lanes share a row, 16 bytes each. No shared memory.
 // Bound by memory: O and dO are read once. A row that counts for nothing (beyond the length, or one
@@ -51,17 +51,25 @@ struct BwdPreprocess {
   static JFA_DEVICE void Run(const BwdParams& params) {
     const ProblemParams& problem = params.problem;
     const int thread = threadIdx.x;
-    const uint32 num_tiles = CeilDiv(problem.q_len, kRows);
+    const uint32 num_tiles = NumTiles<C::kPacked, kRows>(problem, problem.q_len);
     const uint32 head_index = blockIdx.x / num_tiles;
-    const int row0 = static_cast<int>(blockIdx.x - head_index * num_tiles) * kRows;
+    const int tile = static_cast<int>(blockIdx.x - head_index * num_tiles);
     const int batch = head_index / problem.num_heads, head = head_index % problem.num_heads;
-    const Sequence sequence(problem, batch, head / problem.group);
-    const BwdScratch scratch = BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, batch, head);
+    if (params.dslopes != nullptr && tile == 0) {
+      float* partials = params.dslopes + static_cast<int64>(head_index) * params.slope_partials;
+      for (int i = thread; i < params.slope_partials; i += kThreads) partials[i] = 0.f;
+    }
+    WorkItem work = {tile, batch, head};
+    Sequence sequence;
+    if (!SelectQueries<C::kPacked, kRows>(problem, false, work, sequence)) return;
+    const int row0 = work.block * kRows;
+    const BwdScratch scratch =
+        BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch, head);
 
     const int column = thread % kLanes * 8;
-    const uint16* out = HeadPointer(params.out, batch, head) + column;
-    const uint16* dout = HeadPointer(params.dout, batch, head) + column;
-    const int64 lse_row = LseRow(problem, batch, head);
+    const uint16* out = RowPointer(params.out, batch, head, sequence.q_begin) + column;
+    const uint16* dout = RowPointer(params.dout, batch, head, sequence.q_begin) + column;
+    const int64 lse_row = LseRow(problem, batch, head) + sequence.q_begin;
 #pragma unroll 4
     for (int step = 0; step < kRows; step += kRowStep) {
       const int row = row0 + step + thread / kLanes;

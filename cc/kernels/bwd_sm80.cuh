@@ -26,6 +26,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_BWD_SM80_CUH_
 
 #include "kv_source.cuh"
+#include "logits.cuh"
 #include "mask.cuh"
 
 namespace jfa {
@@ -65,6 +66,7 @@ struct BwdSm80 {
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
   static_assert(BwdScratch::kRowPadding % kM == 0, "row statistics are read in whole tiles");
   static_assert(C::kStages == 1 || C::kStages == 2, "the loop knows one or two buffers");
+  static_assert(C::kWarps <= kN / 8, "SlopePartials() of plan.h counts on it");
   static_assert(2 * kM * 4 / 16 <= kThreads, "one thread copies one chunk of the row statistics");
 
   // This warp's place in an arrangement with kOuter warps along the outer dimension. Found anew for
@@ -80,11 +82,16 @@ struct BwdSm80 {
     }
   };
 
+  using Walk = RowWalk<kMask, C::kSegments, kM, kN>;
+  using Ids = SegmentIds<C::kSegments>;
+  using Logits = LogitMap<C::kSoftcap, C::kAlibi>;
+
   // What the CTA walks: (query head of the group, row tile), rows fastest.
   struct Step {
     int head, block;
-    JFA_DEVICE Step Next(const BlockRange& rows) const {
-      return block + 1 < rows.end ? Step{head, block + 1} : Step{head + 1, rows.begin};
+    JFA_DEVICE Step Next(const Walk& walk) const {
+      const int next = walk.Next(block);
+      return next < walk.rows.end ? Step{head, next} : Step{head + 1, walk.First()};
     }
   };
 
@@ -93,15 +100,18 @@ struct BwdSm80 {
                                   uint32 smem_stats) {
     const ProblemParams& problem = params.problem;
     const int row0 = step.block * kM;
-    const TileLoader<TileQ, kThreads, C::kAligned> load_q(HeadPointer(params.q, batch, step.head),
-                                                          params.q.row_stride, problem.head_dim);
+    const TileLoader<TileQ, kThreads, C::kAligned> load_q(
+        RowPointer(params.q, batch, step.head, sequence.q_begin), params.q.row_stride,
+        problem.head_dim);
     const TileLoader<TileDo, kThreads, C::kAligned> load_do(
-        HeadPointer(params.dout, batch, step.head), params.dout.row_stride, problem.head_dim_v);
+        RowPointer(params.dout, batch, step.head, sequence.q_begin), params.dout.row_stride,
+        problem.head_dim_v);
     load_q.Load(smem_q, row0, sequence.q_len);
     load_do.Load(smem_do, row0, sequence.q_len);
     const int thread = ReadThreadIndex();
     if (thread < 2 * kM / 4) {
-      const BwdScratch scratch = BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, batch, step.head);
+      const BwdScratch scratch =
+          BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch, step.head);
       const int part = thread / (kM / 4), index = thread % (kM / 4) * 4;
       CpAsync16(smem_stats + part * kRowStatBytes + index * 4,
                 (part == 0 ? scratch.lse_log2 : scratch.delta) + row0 + index, 16);
@@ -162,18 +172,22 @@ struct BwdSm80 {
 
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem) {
     const ProblemParams& problem = params.problem;
-    const int num_key_tiles = CeilDiv(problem.kv_len, kN);
     // Key tile 0 is seen by most rows of a causal mask, so tiles in order are longest first.
-    const WorkItem work =
-        ScheduleWork(blockIdx.x, num_key_tiles, problem.batch, problem.num_kv_heads, 1,
-                     static_cast<int64>(problem.q_len) * problem.group *
-                         (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-                     C::kL2Bytes);
+    WorkItem work = ScheduleWork(
+        blockIdx.x, NumTiles<C::kPacked, kN>(problem, problem.kv_len), problem.batch,
+        problem.num_kv_heads, 1,
+        static_cast<int64>(problem.q_len) * problem.group *
+            (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
+        C::kL2Bytes);
+    const int tile = work.block;
+    Sequence sequence;
+    if (!SelectKeys<C::kPacked, kN>(problem, work, sequence)) return;
     const int key0 = work.block * kN;
-    const Sequence sequence(problem, work.batch, work.head);
-    const BandMask<kMask> mask(sequence.q_len, sequence.kv_len, sequence.offset,
-                               problem.window_left, problem.window_right);
-    const BlockRange rows = mask.template RowBlocks<kM>(key0, key0 + kN);
+    const BandMask<kMask> mask(problem, sequence);
+    const Ids ids(problem, work.batch, work.head);
+    const Walk walk =
+        Walk::template Of<kThreads>(mask, ids, key0, reinterpret_cast<int*>(smem));
+    Logits logits(problem, sequence, work.batch, work.head * problem.group);
 
     const uint32 smem_k = SmemAddress(smem);
     const uint32 smem_v = smem_k + TileK::kBytes;
@@ -187,38 +201,42 @@ struct BwdSm80 {
     Clear(dk);
     Clear(dv);
 
-    if (rows.begin < rows.end) {
+    if (walk.First() < walk.rows.end) {
       const TileLoader<TileK, kThreads, C::kAligned> load_k(
-          HeadPointer(params.k, work.batch, work.head), params.k.row_stride, problem.head_dim);
+          RowPointer(params.k, work.batch, work.head, sequence.kv_begin), params.k.row_stride,
+          problem.head_dim);
       const TileLoader<TileV, kThreads, C::kAligned> load_v(
-          HeadPointer(params.v, work.batch, work.head), params.v.row_stride, problem.head_dim_v);
+          RowPointer(params.v, work.batch, work.head, sequence.kv_begin), params.v.row_stride,
+          problem.head_dim_v);
       load_k.Load(smem_k, key0, sequence.kv_len);
       load_v.Load(smem_v, key0, sequence.kv_len);
 
-      Step step{work.head * problem.group, rows.begin};
+      Step step{work.head * problem.group, walk.First()};
       const int head_end = step.head + problem.group;
       LoadStep(params, sequence, work.batch, step, smem_q, smem_do, smem_stats);
       CpAsyncCommit();
 
       uint32 stage = 0;
+      float dslope = 0.f;
 #pragma unroll 1
       while (step.head < head_end) {
         const int row0 = step.block * kM;
+        const Step next = step.Next(walk);
         const uint32 q = smem_q + stage * TileQ::kBytes;
         const uint32 dout = smem_do + stage * TileDo::kBytes;
         const uint32 stats = smem_stats + stage * 2 * kRowStatBytes;
 
         CpAsyncWait<0>();
         __syncthreads();  // (1)
-        if (C::kStages == 2 && step.Next(rows).head < head_end) {
+        if (C::kStages == 2 && next.head < head_end) {
           const uint32 other = stage ^ 1;
-          LoadStep(params, sequence, work.batch, step.Next(rows), smem_q + other * TileQ::kBytes,
+          LoadStep(params, sequence, work.batch, next, smem_q + other * TileQ::kBytes,
                    smem_do + other * TileDo::kBytes, smem_stats + other * 2 * kRowStatBytes);
           CpAsyncCommit();
         }
 
-        Scores(mask, problem.scale_log2, q, dout, stats, smem_k, smem_v, smem_p, smem_ds, row0,
-               key0);
+        Scores(mask, ids, walk, step, logits, q, dout, stats, smem_k, smem_v, smem_p, smem_ds,
+               key0, dslope);
         __syncthreads();  // (2)
 
         {
@@ -232,8 +250,8 @@ struct BwdSm80 {
         }
         if (C::kStages == 1) {
           __syncthreads();  // (3)
-          if (step.Next(rows).head < head_end) {
-            LoadStep(params, sequence, work.batch, step.Next(rows), smem_q, smem_do, smem_stats);
+          if (next.head < head_end) {
+            LoadStep(params, sequence, work.batch, next, smem_q, smem_do, smem_stats);
             CpAsyncCommit();
           }
         }
@@ -245,11 +263,16 @@ struct BwdSm80 {
               dq, Operand<TileP, Side::kA, true, C::kWarpsDqM>(smem_ds, at.outer, at.lane),
               Operand<TileK, Side::kB, true, kWarpsDqD>(smem_k, at.inner, at.lane));
           const BwdScratch scratch =
-              BwdScratch::Of<true, C::kHeadDim>(params, work.batch, step.head);
+              BwdScratch::Of<true, C::kHeadDim>(params, sequence, work.batch, step.head);
           AddDq(scratch.dq, dq, row0, sequence.q_len, at.outer, at.inner, at.lane);
         }
         if (C::kStages == 2) stage ^= 1;
-        step = step.Next(rows);
+        if (C::kAlibi && next.head != step.head) {
+          if constexpr (C::kDslopes) StoreSlope(params, work.batch, step.head, tile, dslope);
+          dslope = 0.f;
+          if (next.head < head_end) logits.SetHead(problem, work.batch, next.head);
+        }
+        step = next;
       }
       __syncthreads();  // K and V make room for dK and dV
     }
@@ -258,18 +281,43 @@ struct BwdSm80 {
     StageGradient<TileK, kKvD>(smem_k, dk, problem.scale, kv.outer, kv.inner, kv.lane);
     StageGradient<TileV, kKvDv>(smem_v, dv, 1.f, kv.outer, kv.inner, kv.lane);
     __syncthreads();
-    StoreTile<TileK, kThreads, C::kAligned>(smem_k, HeadPointer(params.dk, work.batch, work.head),
-                                            params.dk.row_stride, problem.head_dim, key0,
-                                            problem.kv_len);
-    StoreTile<TileV, kThreads, C::kAligned>(smem_v, HeadPointer(params.dv, work.batch, work.head),
-                                            params.dv.row_stride, problem.head_dim_v, key0,
-                                            problem.kv_len);
+    StoreTile<TileK, kThreads, C::kAligned>(
+        smem_k, RowPointer(params.dk, work.batch, work.head, sequence.kv_begin),
+        params.dk.row_stride, problem.head_dim, key0, sequence.kv_rows);
+    StoreTile<TileV, kThreads, C::kAligned>(
+        smem_v, RowPointer(params.dv, work.batch, work.head, sequence.kv_begin),
+        params.dv.row_stride, problem.head_dim_v, key0, sequence.kv_rows);
+  }
+
+  // Each warp's sum into a place of its own, so that the sum of all has one order.
+  static JFA_DEVICE void StoreSlope(const BwdParams& params, int batch, int head, int tile,
+                                    float dslope) {
+    const float sum = WarpSum(dslope);
+    const int thread = ReadThreadIndex();
+    if (thread % kWarpSize == 0) {
+      const int64 row = static_cast<int64>(batch) * params.problem.num_heads + head;
+      params.dslopes[row * params.slope_partials + tile * C::kWarps + thread / kWarpSize] = sum;
+    }
+  }
+
+  // The key of this lane's element r / 2, r % 2, and its first row in a block.
+  static JFA_DEVICE int KeyOf(const Place<C::kWarpsScoreN>& place, int key0, int r) {
+    return key0 + 16 * (place.outer + C::kWarpsScoreN * (r / 2)) + place.lane / 4 + r % 2 * 8;
+  }
+  static JFA_DEVICE int RowOf(const Place<C::kWarpsScoreN>& place, int row0) {
+    return row0 + 16 * place.inner + place.lane % 4 * 2;
+  }
+  // Element (i, e) along a lane's rows, from RowOf on.
+  static constexpr JFA_DEVICE int RowStep(int i, int e) {
+    return 16 * kWarpsScoreM * (i / 2) + i % 2 * 8 + e;
   }
 
   // S^T and dP^T of one step, and from them P^T and dS^T into shared memory.
-  static JFA_DEVICE void Scores(const BandMask<kMask>& mask, float scale_log2, uint32 q,
-                                uint32 dout, uint32 stats, uint32 smem_k, uint32 smem_v,
-                                uint32 smem_p, uint32 smem_ds, int row0, int key0) {
+  static JFA_DEVICE void Scores(const BandMask<kMask>& mask, const Ids& ids, const Walk& walk,
+                                const Step& step, const Logits& logits, uint32 q, uint32 dout,
+                                uint32 stats, uint32 smem_k, uint32 smem_v, uint32 smem_p,
+                                uint32 smem_ds, int key0, float& dslope) {
+    const int row0 = step.block * kM;
     const Place<C::kWarpsScoreN> place;
     const int score_n = place.outer, score_m = place.inner, lane = place.lane;
     float s[kScoreN][2 * kScoreM][4], dp[kScoreN][2 * kScoreM][4];
@@ -282,21 +330,33 @@ struct BwdSm80 {
         dp, Operand<TileV, Side::kA, false, C::kWarpsScoreN>(smem_v, score_n, lane),
         Operand<TileDo, Side::kB, false, kWarpsScoreM>(dout, score_m, lane));
 
-    // A hidden logit must end up at -inf after the scale, whatever its sign; times a scale of zero
-    // it would be NaN, so zero is taken as any tiny number (see OnlineSoftmax).
-    const float scale = scale_log2 == 0.f ? 1e-37f : scale_log2;
-    const float hidden = scale < 0.f ? Infinity() : -Infinity();
     if (mask.template NeedsMask<kM, kN>(row0, key0)) {
 #pragma unroll
       for (int r = 0; r < 2 * kScoreN; ++r) {
-        const int key = key0 + 16 * (score_n + C::kWarpsScoreN * (r / 2)) + lane / 4 + r % 2 * 8;
-        const Window seeing = mask.RowsOf(key).From(row0 + 16 * score_m + lane % 4 * 2);
+        const Window seeing = mask.RowsOf(KeyOf(place, key0, r)).From(RowOf(place, row0));
 #pragma unroll
         for (int i = 0; i < 2 * kScoreM; ++i) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int row = 16 * kWarpsScoreM * (i / 2) + i % 2 * 8 + e;
-            if (!mask.InRows(seeing, row)) s[r / 2][i][r % 2 * 2 + e] = hidden;
+            if (!mask.InRows(seeing, RowStep(i, e))) s[r / 2][i][r % 2 * 2 + e] = -Infinity();
+          }
+        }
+      }
+    }
+    if constexpr (C::kSegments) {
+      if (!walk.queries.template RangeOf<kM>(step.block).IsOneWith(walk.own)) {
+        int own[2 * kScoreN];
+#pragma unroll
+        for (int r = 0; r < 2 * kScoreN; ++r) own[r] = ids.keys.Id(KeyOf(place, key0, r));
+#pragma unroll
+        for (int i = 0; i < 2 * kScoreM; ++i) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int id = ids.queries.Id(RowOf(place, row0) + RowStep(i, e));
+#pragma unroll
+            for (int r = 0; r < 2 * kScoreN; ++r) {
+              if (id != own[r]) s[r / 2][i][r % 2 * 2 + e] = -Infinity();
+            }
           }
         }
       }
@@ -317,11 +377,15 @@ struct BwdSm80 {
         for (int side = 0; side < 2; ++side) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float raw = s[j][2 * i + side][e];
             const float l = e % 2 ? lse[side].y : lse[side].x;
             const float d = e % 2 ? delta[side].y : delta[side].x;
-            p[side][e] = Exp2(fmaf(raw, scale, -l));
-            ds[side][e] = p[side][e] * (dp[j][2 * i + side][e] - d);
+            const float distance = logits.Distance(
+                RowOf(place, row0) + RowStep(2 * i + side, e % 2), KeyOf(place, key0, 2 * j + e / 2));
+            const Weight weight = Weigh(logits, s[j][2 * i + side][e], distance, l);
+            const float dlogit = weight.p * (dp[j][2 * i + side][e] - d);
+            if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);
+            p[side][e] = weight.p;
+            ds[side][e] = dlogit * weight.slope;
           }
         }
         const int row = 16 * C::kWarpsScoreN * j;

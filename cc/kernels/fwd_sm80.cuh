@@ -9,6 +9,7 @@
 // Warps       all alike; warp w owns the 16-row blocks w, w + kWarps, ... (kRowBlocks of them: two
 //             where registers allow, since each K and V fragment read is then used twice).
 // Blocks      right to left: the ones that a causal mask or the end of the keys cut come first.
+//             Which ones is KeyWalk's business; scores become logits in LogitMap.
 // Barriers    only __syncthreads. kStages 1: K and V have one buffer each; V loads during Q K^T,
 //             the next K during softmax and P V; two barriers a block. kStages 2: K and V have two
 //             buffers, loaded a block ahead; one barrier a block.
@@ -20,7 +21,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_
 
 #include "kv_source.cuh"
-#include "mask.cuh"
+#include "row_scores.cuh"
 #include "softmax.cuh"
 
 namespace jfa {
@@ -48,7 +49,8 @@ struct FwdSm80 {
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Output = float[kRowBlocks][2 * kOutBlocks][4];
-  using Scores = float[kRowBlocks][2 * kKeyBlocks][4];
+  using Place = RowScores<C::kWarps, kRowBlocks, kKeyBlocks>;
+  using Scores = typename Place::Array;
   using OperandQ = Operand<TileQ, Side::kA, false, C::kWarps>;
   using OperandK = Operand<TileK, Side::kB, false, 1>;
   using OperandV = Operand<TileV, Side::kB, true, 1>;
@@ -95,42 +97,49 @@ struct FwdSm80 {
 
   static JFA_DEVICE void Run(const FwdParams& params, unsigned char* smem) {
     const ProblemParams& problem = params.problem;
-    const int num_row_tiles = CeilDiv(problem.q_len, C::kBlockM);
     WorkItem work = ScheduleWork(
-        blockIdx.x, num_row_tiles, problem.batch, problem.num_heads, problem.group,
+        blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
+        problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
         C::kL2Bytes);
+    Sequence sequence;
     // Under a causal mask the last rows see most: longest tiles first.
-    if (kMask != MaskKind::kFull) work.block = num_row_tiles - 1 - work.block;
+    if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {
+      return;
+    }
     const int row0 = work.block * C::kBlockM;
     const int kv_head = work.head / problem.group;
 
-    const Sequence sequence(problem, work.batch, kv_head);
-    const BandMask<kMask> mask(sequence.q_len, sequence.kv_len, sequence.offset,
-                               problem.window_left, problem.window_right);
-    const BlockRange keys = mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM);
+    const BandMask<kMask> mask(problem, sequence);
+    const SegmentIds<C::kSegments> ids(problem, work.batch, kv_head);
+    const auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
+        mask, ids, row0, reinterpret_cast<int*>(smem));
 
     const uint32 smem_q = SmemAddress(smem);
     const uint32 smem_k = smem_q + TileQ::kBytes;
     const uint32 smem_v = smem_k + C::kStages * TileK::kBytes;
 
     const TileLoader<TileK, kThreads, C::kAligned> load_k(
-        HeadPointer(params.k, work.batch, kv_head), params.k.row_stride, problem.head_dim);
+        RowPointer(params.k, work.batch, kv_head, sequence.kv_begin), params.k.row_stride,
+        problem.head_dim);
     const TileLoader<TileV, kThreads, C::kAligned> load_v(
-        HeadPointer(params.v, work.batch, kv_head), params.v.row_stride, problem.head_dim_v);
+        RowPointer(params.v, work.batch, kv_head, sequence.kv_begin), params.v.row_stride,
+        problem.head_dim_v);
 
     Output out;
     Clear(out);
-    OnlineSoftmax<kRowBlocks> softmax(problem.scale_log2);
-    const bool negative_scale = problem.scale_log2 < 0.f;
+    const LogitMap<C::kSoftcap, C::kAlibi> logits(problem, sequence, work.batch, work.head);
+    OnlineSoftmax<kRowBlocks> softmax(logits.Scale());
     uint32 q[kRowBlocks][kDimBlocks][4];
+    int block = walk.First();
 
-    if (keys.begin < keys.end) {
+    if (block >= 0) {
       const TileLoader<TileQ, kThreads, C::kAligned> load_q(
-          HeadPointer(params.q, work.batch, work.head), params.q.row_stride, problem.head_dim);
+          RowPointer(params.q, work.batch, work.head, sequence.q_begin), params.q.row_stride,
+          problem.head_dim);
       load_q.Load(smem_q, row0, sequence.q_len);
-      load_k.Load(smem_k, (keys.end - 1) * C::kBlockN, sequence.kv_len);
-      if (C::kStages == 2) load_v.Load(smem_v, (keys.end - 1) * C::kBlockN, sequence.kv_len);
+      load_k.Load(smem_k, block * C::kBlockN, sequence.kv_len);
+      if (C::kStages == 2) load_v.Load(smem_v, block * C::kBlockN, sequence.kv_len);
       CpAsyncCommit();
       if constexpr (C::kQInRegs) {
         CpAsyncWait<0>();
@@ -146,16 +155,17 @@ struct FwdSm80 {
 
     uint32 stage = 0;
 #pragma unroll 1
-    for (int block = keys.end - 1; block >= keys.begin; --block) {
+    while (block >= 0) {
       const int key0 = block * C::kBlockN;
+      const int next = walk.Next(block);
       CpAsyncWait<0>();
       __syncthreads();  // this block's K (and V) is there; all warps are done with the one before
       if constexpr (C::kStages == 1) {
         load_v.Load(smem_v, key0, sequence.kv_len);
         CpAsyncCommit();
-      } else if (block > keys.begin) {
-        load_k.Load(smem_k + (stage ^ 1) * TileK::kBytes, key0 - C::kBlockN, sequence.kv_len);
-        load_v.Load(smem_v + (stage ^ 1) * TileV::kBytes, key0 - C::kBlockN, sequence.kv_len);
+      } else if (next >= 0) {
+        load_k.Load(smem_k + (stage ^ 1) * TileK::kBytes, next * C::kBlockN, sequence.kv_len);
+        load_v.Load(smem_v + (stage ^ 1) * TileV::kBytes, next * C::kBlockN, sequence.kv_len);
         CpAsyncCommit();
       }
 
@@ -168,64 +178,51 @@ struct FwdSm80 {
                   OperandK(smem_k + stage * TileK::kBytes, 0, thread % kWarpSize));
       }
 
-      if (negative_scale) {
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2 * kKeyBlocks; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[m][n][e] = -s[m][n][e];
-          }
-        }
-      }
+      if constexpr (!logits.kPlain) Place::Apply(s, logits, row0, key0);
       // One loop for cut and whole blocks: a branch around the mask costs nothing beside a block's
       // products, and the code, its compile time and its cache footprint are half as large.
       if (mask.template NeedsMask<C::kBlockM, C::kBlockN>(row0, key0)) {
-#pragma unroll
-        for (int r = 0; r < 2 * kRowBlocks; ++r) {
-          const int thread = ReadThreadIndex();
-          const int row = row0 + 16 * (thread / kWarpSize + C::kWarps * (r / 2)) +
-                          thread % kWarpSize / 4 + r % 2 * 8;
-          const Window seen = mask.KeysOf(row).From(key0 + thread % 4 * 2);
-#pragma unroll
-          for (int n = 0; n < 2 * kKeyBlocks; ++n) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& logit = s[r / 2][n][r % 2 * 2 + e];
-              if (!mask.InKeys(seen, 8 * n + e)) logit = -Infinity();
-            }
-          }
+        Place::HideBand(s, mask, row0, key0);
+      }
+      if constexpr (C::kSegments) {
+        if (!walk.keys.template RangeOf<C::kBlockN>(block).IsOneWith(walk.own)) {
+          Place::HideOtherSegments(s, ids, row0, key0);
         }
       }
 
       if constexpr (C::kStages == 1) {
         CpAsyncWait<0>();
         __syncthreads();  // V is there; all warps are done with K
-        if (block > keys.begin) {
-          load_k.Load(smem_k, key0 - C::kBlockN, sequence.kv_len);
+        if (next >= 0) {
+          load_k.Load(smem_k, next * C::kBlockN, sequence.kv_len);
           CpAsyncCommit();
         }
       }
       softmax.Observe(s, out);
       OutputGemm(out, s, softmax, OperandV(smem_v + stage * TileV::kBytes, 0, ReadLaneIndex()));
       if constexpr (C::kStages == 2) stage ^= 1;
+      block = next;
     }
 
     __syncthreads();  // the inputs' shared memory becomes the output's
     const int thread = ReadThreadIndex(), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    float* lse = params.lse + LseRow(problem, work.batch, work.head);
+    float* lse = params.lse + LseRow(problem, work.batch, work.head) + sequence.q_begin;
+    const float sink =
+        params.sinks == nullptr
+            ? -Infinity()
+            : params.sinks[static_cast<int64>(work.batch) * problem.num_heads + work.head];
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       const int block_row = 16 * (warp + C::kWarps * m);
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half);
+        typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half, sink);
         const int row = row0 + block_row + lane / 4 + 8 * half;
         // Padding rows were zeros that saw every key: their mean of V must not get out.
         if (row >= sequence.q_len) result = {0.f, -Infinity()};
         factor[half] = result.normalizer;
-        if (lane % 4 == 0 && row < problem.q_len) lse[row] = result.lse;
+        if (lane % 4 == 0 && row < sequence.q_rows) lse[row] = result.lse;
       }
       const BlockWriter<TileO, 1> writer(smem_q, block_row, 0, lane);
 #pragma unroll
@@ -241,9 +238,9 @@ struct FwdSm80 {
       }
     }
     __syncthreads();
-    StoreTile<TileO, kThreads, C::kAligned>(smem_q, HeadPointer(params.out, work.batch, work.head),
-                                            params.out.row_stride, problem.head_dim_v, row0,
-                                            problem.q_len);
+    StoreTile<TileO, kThreads, C::kAligned>(
+        smem_q, RowPointer(params.out, work.batch, work.head, sequence.q_begin),
+        params.out.row_stride, problem.head_dim_v, row0, sequence.q_rows);
   }
 };
 

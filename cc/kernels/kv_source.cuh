@@ -1,5 +1,5 @@
 // Where the rows of one (batch, head) are and how many count. Everything that is read from global
-// memory to find them is read here, once per tile; packed and paged sequences will live here too.
+// memory to find them is read here, once per tile.
 #ifndef JAX_FLASHATTN_CC_KERNELS_KV_SOURCE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_KV_SOURCE_CUH_
 
@@ -33,21 +33,140 @@ JFA_DEVICE WorkItem ScheduleWork(uint32 index, int num_blocks, int batch, int he
   return {static_cast<int>(block), static_cast<int>(head / heads), static_cast<int>(head % heads)};
 }
 
-// Lengths and offset of one sequence. Lengths outside [0, T] and [0, S] are clamped.
-struct Sequence {
-  int q_len, kv_len, offset;
+// Where packed sequence `index` begins. Sequence num_sequences is the tail: tokens of nobody.
+// Whatever the boundaries hold, nothing beyond the tokens is read or written.
+JFA_DEVICE int Boundary(const int* ends, int num_sequences, int total, int index) {
+  if (index == 0) return 0;
+  return index > num_sequences ? total : Clamp(ends[index], 0, total);
+}
 
-  JFA_DEVICE Sequence(const ProblemParams& p, int batch, int kv_head) {
+// One sequence: all of a dense call's tokens, or a piece of a packed one's.
+struct Sequence {
+  int q_len, kv_len;      // tokens that count; the rest is padding
+  int q_rows, kv_rows;    // tokens whose results are to be written
+  int q_begin, kv_begin;  // the first token's place in the arrays
+  int scratch_begin;      // and its row in the backward's scratch
+  int offset;
+
+  // Lengths outside [0, T] and [0, S] are clamped.
+  static JFA_DEVICE Sequence Dense(const ProblemParams& p, int batch, int kv_head) {
     const int64 index = static_cast<int64>(batch) * p.num_kv_heads + kv_head;
-    q_len = p.q_lengths ? Clamp(p.q_lengths[index], 0, p.q_len) : p.q_len;
-    kv_len = p.kv_lengths ? Clamp(p.kv_lengths[index], 0, p.kv_len) : p.kv_len;
-    offset = p.query_offsets ? p.query_offsets[index] : p.query_offset;
+    Sequence s;
+    s.q_len = p.q_lengths ? Clamp(p.q_lengths[index], 0, p.q_len) : p.q_len;
+    s.kv_len = p.kv_lengths ? Clamp(p.kv_lengths[index], 0, p.kv_len) : p.kv_len;
+    s.q_rows = p.q_len;
+    s.kv_rows = p.kv_len;
+    s.q_begin = s.kv_begin = s.scratch_begin = 0;
+    s.offset = p.query_offsets ? p.query_offsets[index] : p.query_offset;
+    return s;
   }
+
+  static JFA_DEVICE Sequence Packed(const ProblemParams& p, int batch, int kv_head, int index) {
+    const int64 head = static_cast<int64>(batch) * p.num_kv_heads + kv_head;
+    const int n = p.num_sequences;
+    const int* ends_q = p.cu_seqlens_q + head * (n + 1);
+    const int* ends_kv = p.cu_seqlens_kv + head * (n + 1);
+    Sequence s;
+    s.q_begin = Boundary(ends_q, n, p.q_len, index);
+    s.kv_begin = Boundary(ends_kv, n, p.kv_len, index);
+    s.q_rows = Max(Boundary(ends_q, n, p.q_len, index + 1) - s.q_begin, 0);
+    s.kv_rows = Max(Boundary(ends_kv, n, p.kv_len, index + 1) - s.kv_begin, 0);
+    const bool is_tail = index == n;
+    s.q_len = is_tail ? 0 : s.q_rows;
+    s.kv_len = is_tail ? 0 : s.kv_rows;
+    // Whole tiles for each sequence: at most one tile is lost between two neighbours.
+    s.scratch_begin = (s.q_begin + index * kScratchTile) / kScratchTile * kScratchTile;
+    s.offset = !p.query_offsets ? p.query_offset
+               : is_tail        ? 0
+                                : p.query_offsets[head * n + index];
+    return s;
+  }
+
+  static constexpr int kScratchTile = 128;
 };
 
-JFA_DEVICE uint16* HeadPointer(const TensorArg& tensor, int batch, int head) {
+// Upper bound on the tiles of kBlock tokens; packed sequences may each end in a partial one.
+template <bool kPacked, int kBlock>
+JFA_DEVICE int NumTiles(const ProblemParams& p, int length) {
+  return kPacked ? length / kBlock + p.num_sequences + 1 : CeilDiv(length, kBlock);
+}
+
+// Tile number -> sequence and block in it, for a packed call; sequence -1 if there is no such tile.
+struct PackedTile {
+  int sequence, block, num_blocks;
+};
+
+template <int kBlock>
+JFA_DEVICE PackedTile FindTile(const int* ends, int num_sequences, int total, int tile) {
+  const int lane = ReadLaneIndex();
+  int before = 0;  // tiles of the sequences below `first`
+  for (int first = 0; first <= num_sequences; first += kWarpSize) {
+    const int sequence = first + lane;
+    int count = 0;
+    if (sequence <= num_sequences) {
+      count = CeilDiv(Max(Boundary(ends, num_sequences, total, sequence + 1) -
+                              Boundary(ends, num_sequences, total, sequence),
+                          0),
+                      kBlock);
+    }
+    int sum = count;  // inclusive prefix sum
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    const uint32 found = __ballot_sync(kFullWarp, tile < before + sum);
+    if (found != 0) {
+      const int owner = __ffs(found) - 1;
+      const int begin = before + __shfl_sync(kFullWarp, sum - count, owner);
+      return {first + owner, tile - begin, __shfl_sync(kFullWarp, count, owner)};
+    }
+    before += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+  }
+  return {-1, 0, 0};
+}
+
+// Turns the tile number of a work item into a block of a sequence's queries, last blocks first if
+// asked for; false if there is no such tile.
+template <bool kPacked, int kBlock>
+JFA_DEVICE bool SelectQueries(const ProblemParams& p, bool last_first, WorkItem& work,
+                              Sequence& sequence) {
+  const int kv_head = work.head / p.group;
+  int num_blocks = NumTiles<kPacked, kBlock>(p, p.q_len);
+  if constexpr (kPacked) {
+    const int64 head = static_cast<int64>(work.batch) * p.num_kv_heads + kv_head;
+    const PackedTile tile = FindTile<kBlock>(p.cu_seqlens_q + head * (p.num_sequences + 1),
+                                             p.num_sequences, p.q_len, work.block);
+    if (tile.sequence < 0) return false;
+    work.block = tile.block;
+    num_blocks = tile.num_blocks;
+    sequence = Sequence::Packed(p, work.batch, kv_head, tile.sequence);
+  } else {
+    sequence = Sequence::Dense(p, work.batch, kv_head);
+  }
+  if (last_first) work.block = num_blocks - 1 - work.block;
+  return true;
+}
+
+// The same for a block of a sequence's keys; the work item's head is a key head.
+template <bool kPacked, int kBlock>
+JFA_DEVICE bool SelectKeys(const ProblemParams& p, WorkItem& work, Sequence& sequence) {
+  if constexpr (kPacked) {
+    const int64 head = static_cast<int64>(work.batch) * p.num_kv_heads + work.head;
+    const PackedTile tile = FindTile<kBlock>(p.cu_seqlens_kv + head * (p.num_sequences + 1),
+                                             p.num_sequences, p.kv_len, work.block);
+    if (tile.sequence < 0) return false;
+    work.block = tile.block;
+    sequence = Sequence::Packed(p, work.batch, work.head, tile.sequence);
+  } else {
+    sequence = Sequence::Dense(p, work.batch, work.head);
+  }
+  return true;
+}
+
+JFA_DEVICE uint16* RowPointer(const TensorArg& tensor, int batch, int head, int row) {
   return static_cast<uint16*>(tensor.data) + batch * tensor.batch_stride +
-         head * tensor.head_stride;
+         head * tensor.head_stride + row * tensor.row_stride;
 }
 
 // Index of row 0 of a (batch, query head) in LSE-shaped arrays [batch, num_heads, q_len].
@@ -55,28 +174,31 @@ JFA_DEVICE int64 LseRow(const ProblemParams& p, int batch, int head) {
   return (static_cast<int64>(batch) * p.num_heads + head) * p.q_len;
 }
 
-// The part of the backward's scratch that belongs to one (batch, query head). Rows are padded to
-// kRowPadding, so that tiles read and write it without bounds. Written by bwd_preprocess:
+// The part of the backward's scratch that belongs to one (batch, query head), from a sequence's
+// first row on. Sequences are padded to kRowPadding, so that tiles read and write it without
+// bounds. Written by bwd_preprocess:
 //   lse_log2 [rows]  LSE * log2(e); +inf for a row that counts for nothing, which makes its P zero
 //   delta    [rows]  rowsum(dO * O) - dLSE
 //   dq       [rows / 16][columns / 16][256]  f32 sums of dQ / scale, in 16 x 16 blocks (see
 //            DqElement), only with kDqSums
 struct BwdScratch {
-  static constexpr int kRowPadding = 128;
+  static constexpr int kRowPadding = Sequence::kScratchTile;
   float* lse_log2;
   float* delta;
   float* dq;
 
   template <bool kDqSums, int kHeadDim>
-  static JFA_DEVICE BwdScratch Of(const BwdParams& p, int batch, int head) {
-    const int64 rows = CeilDiv(p.problem.q_len, kRowPadding) * static_cast<int64>(kRowPadding);
+  static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch,
+                                  int head) {
+    const int64 rows = p.problem.scratch_rows;
     const int64 per_head = rows * (2 + (kDqSums ? kHeadDim : 0));
     const int kv_head = head / p.problem.group;
     float* base =
         p.scratch +
         (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
         (head - kv_head * p.problem.group) * per_head;
-    return {base, base + rows, base + 2 * rows};
+    const int64 first = sequence.scratch_begin;
+    return {base + first, base + rows + first, base + 2 * rows + first * kHeadDim};
   }
 };
 

@@ -1,18 +1,21 @@
-// Who sees whom: the one definition of visibility, and the block ranges that follow from it.
+// Who sees whom: the one definition of visibility, and the blocks to visit that follow from it.
 //
-// Query i sees key j iff  low <= j - i < high,  j < kv_len,  i < q_len,
-// with low = offset - window_left, high = offset + window_right + 1: a band along the diagonal.
+// Query i sees key j iff  j < kv_len,  i < q_len,  the ids of their segments are equal, and
 //
-//         j ->      low    high
-//     i    . . . . |#######|. . .
-//     |    . . . . . |#######|. .
-//     v    . . . . . . |#######|.
+//   low <= j - i < high     with low = offset - window_left, high = offset + window_right + 1
+//   or j < sink_tokens      (and j - i < high, if causal)
 //
-// Causal masks have no low side, full masks neither. (Segments and sink tokens will join here.)
+//         j ->  sinks      low    high
+//     i        |###|. . . . |#######|. . .
+//     |        |###|. . . . . |#######|. .
+//     v        |###|. . . . . . |#######|.
+//
+// Causal masks have no low side, full masks neither; both have no sinks.
 #ifndef JAX_FLASHATTN_CC_KERNELS_MASK_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_MASK_CUH_
 
-#include "tile.cuh"
+#include "kv_source.cuh"
+#include "segments.cuh"
 
 namespace jfa {
 
@@ -20,36 +23,44 @@ enum class MaskKind { kFull, kCausal, kLocal };
 
 struct BlockRange {
   int begin, end;
+  JFA_DEVICE bool IsEmpty() const { return begin >= end; }
 };
 
 struct Window {
   int begin, end;
-  JFA_DEVICE Window From(int origin) const { return {begin - origin, end - origin}; }
+  int sink_end;  // keys below are seen too
+  JFA_DEVICE Window From(int origin) const {
+    return {begin - origin, end - origin, sink_end - origin};
+  }
 };
 
 template <MaskKind kKind>
 struct BandMask {
   static constexpr bool kHasLow = kKind == MaskKind::kLocal;
   static constexpr bool kHasHigh = kKind != MaskKind::kFull;
+  static constexpr bool kHasSinks = kKind == MaskKind::kLocal;
 
   int q_len, kv_len;
   int low, high;
+  int sink_tokens;
+  bool is_causal;
 
   // Offsets and windows may be any int. Clamping to [-q_len, kv_len] changes no visible pair, and
   // lets later sums with a row or key number stay inside int (lengths are below 2^30).
-  JFA_DEVICE BandMask(int num_q, int num_kv, int offset, int window_left, int window_right)
-      : q_len(num_q), kv_len(num_kv) {
-    const int64 least = -static_cast<int64>(num_q), most = num_kv;
-    low = window_left == kIntMax
-              ? -num_q
-              : static_cast<int>(Clamp(static_cast<int64>(offset) - window_left, least, most));
-    high =
-        window_right == kIntMax
-            ? num_kv
-            : static_cast<int>(Clamp(static_cast<int64>(offset) + window_right + 1, least, most));
+  JFA_DEVICE BandMask(const ProblemParams& p, const Sequence& sequence)
+      : q_len(sequence.q_len),
+        kv_len(sequence.kv_len),
+        sink_tokens(Min(p.sink_tokens, sequence.kv_len)),
+        is_causal(p.is_causal) {
+    const int64 least = -static_cast<int64>(q_len), most = kv_len, offset = sequence.offset;
+    low = p.window_left == kIntMax ? -q_len
+                                   : static_cast<int>(Clamp(offset - p.window_left, least, most));
+    high = p.window_right == kIntMax
+               ? kv_len
+               : static_cast<int>(Clamp(offset + p.window_right + 1, least, most));
   }
 
-  // Key blocks that some row of [row_begin, row_end) sees.
+  // Key blocks in which some row of [row_begin, row_end) sees a key of the band.
   template <int kBlockN>
   JFA_DEVICE BlockRange KeyBlocks(int row_begin, int row_end) const {
     const int last = Min(row_end, q_len) - 1;
@@ -59,20 +70,30 @@ struct BandMask {
     if (key_begin >= key_end) return {0, 0};
     return {key_begin / kBlockN, CeilDiv(key_end, kBlockN)};
   }
+  // Blocks [0, end) in which some of them sees a sink token.
+  template <int kBlockN>
+  JFA_DEVICE int SinkBlocks(int row_begin, int row_end) const {
+    const int last = Min(row_end, q_len) - 1;
+    if (!kHasSinks || row_begin > last) return 0;
+    const int end = is_causal ? Min(sink_tokens, last + high) : sink_tokens;
+    return end > 0 ? CeilDiv(end, kBlockN) : 0;
+  }
 
   // Row blocks that see some key of [key_begin, key_end).
   template <int kBlockM>
   JFA_DEVICE BlockRange RowBlocks(int key_begin, int key_end) const {
     const int last = Min(key_end, kv_len) - 1;
     if (key_begin > last) return {0, 0};
-    const int row_begin = kHasHigh ? Max(0, key_begin - high + 1) : 0;
-    const int row_end = kHasLow ? Min(q_len, last - low + 1) : q_len;
+    const bool has_sink = kHasSinks && key_begin < sink_tokens;
+    const bool from_start = !kHasHigh || (has_sink && !is_causal);
+    const int row_begin = from_start ? 0 : Max(0, key_begin - high + 1);
+    const int row_end = kHasLow && !has_sink ? Min(q_len, last - low + 1) : q_len;
     if (row_begin >= row_end) return {0, 0};
     return {row_begin / kBlockM, CeilDiv(row_end, kBlockM)};
   }
 
-  // Whether a tile that starts at (row, key) holds a hidden pair that its caller must hide. Rows
-  // beyond q_len don't count: nobody reads their results.
+  // Whether a tile that starts at (row, key) holds a pair that the band or the end of the keys
+  // hides. Rows beyond q_len don't count: nobody reads their results.
   template <int kBlockM, int kBlockN>
   JFA_DEVICE bool NeedsMask(int row, int key) const {
     bool needs = key + kBlockN > kv_len;
@@ -84,14 +105,18 @@ struct BandMask {
   // Keys that a row sees; rows that see a key. As windows rather than tests of pairs, because a
   // lane then needs two registers per row and one compare with a constant per pair and side.
   JFA_DEVICE Window KeysOf(int row) const {
-    return {kHasLow ? row + low : -kFar, kHasHigh ? Min(kv_len, row + high) : kv_len};
+    const int end = kHasHigh ? Min(kv_len, row + high) : kv_len;
+    return {kHasLow ? row + low : -kFar, end, is_causal ? Min(sink_tokens, end) : sink_tokens};
   }
   JFA_DEVICE Window RowsOf(int key) const {
-    const int end = kHasLow ? key - low + 1 : kFar;
-    return {kHasHigh ? key - high + 1 : -kFar, key < kv_len ? end : -kFar};
+    const bool is_sink = kHasSinks && key < sink_tokens;
+    const int begin = kHasHigh && !(is_sink && !is_causal) ? key - high + 1 : -kFar;
+    const int end = kHasLow && !is_sink ? key - low + 1 : kFar;
+    return {begin, key < kv_len ? end : -kFar, 0};
   }
   static JFA_DEVICE bool InKeys(const Window& window, int key) {
-    return key < window.end && (!kHasLow || key >= window.begin);
+    if constexpr (!kHasLow) return key < window.end;
+    return (key < window.end && key >= window.begin) || key < window.sink_end;
   }
   static JFA_DEVICE bool InRows(const Window& window, int row) {
     return row < window.end && (!kHasHigh || row >= window.begin);
@@ -99,6 +124,74 @@ struct BandMask {
 
  private:
   static constexpr int kFar = 1 << 30;  // beyond any row or key, far from overflow
+};
+
+// The key blocks that a tile of rows visits, from the right to the left: those of the band, then
+// those of the sink tokens. -1 is the end.
+template <MaskKind kKind, bool kSegments, int kBlockM, int kBlockN>
+struct KeyWalk {
+  BlockRange band;
+  int sink_blocks;
+  SegmentSide<kSegments> keys;
+  SegmentRange own;  // ids of the rows
+
+  template <int kThreads>
+  static JFA_DEVICE KeyWalk Of(const BandMask<kKind>& mask, const SegmentIds<kSegments>& ids,
+                               int row0, int* smem) {
+    KeyWalk walk;
+    walk.band = mask.template KeyBlocks<kBlockN>(row0, row0 + kBlockM);
+    walk.sink_blocks = Min(mask.template SinkBlocks<kBlockN>(row0, row0 + kBlockM),
+                           walk.band.IsEmpty() ? kIntMax : walk.band.begin);
+    walk.keys = ids.keys;
+    if constexpr (kSegments) {
+      walk.own = ids.queries.template RangeOf<kBlockM>(row0 / kBlockM);
+      ids.keys.template Narrow<kBlockN, kThreads>(walk.own, &walk.band.begin, &walk.band.end, smem);
+    }
+    if (walk.band.IsEmpty()) walk.band = {walk.sink_blocks, walk.sink_blocks};
+    return walk;
+  }
+
+  JFA_DEVICE int First() const { return Next(band.end); }
+  JFA_DEVICE int Next(int block) const {
+    do {
+      --block;
+      if (block < band.begin) {
+        if constexpr (!BandMask<kKind>::kHasSinks) return -1;
+        block = Min(block, sink_blocks - 1);
+      }
+    } while (block >= 0 && !keys.template Meets<kBlockN>(block, own));
+    return block;
+  }
+};
+
+// The row blocks that a tile of keys visits, in order; `end` is the end.
+template <MaskKind kKind, bool kSegments, int kBlockM, int kBlockN>
+struct RowWalk {
+  BlockRange rows;
+  SegmentSide<kSegments> queries;
+  SegmentRange own;  // ids of the keys
+
+  template <int kThreads>
+  static JFA_DEVICE RowWalk Of(const BandMask<kKind>& mask, const SegmentIds<kSegments>& ids,
+                               int key0, int* smem) {
+    RowWalk walk;
+    walk.rows = mask.template RowBlocks<kBlockM>(key0, key0 + kBlockN);
+    walk.queries = ids.queries;
+    if constexpr (kSegments) {
+      walk.own = ids.keys.template RangeOf<kBlockN>(key0 / kBlockN);
+      ids.queries.template Narrow<kBlockM, kThreads>(walk.own, &walk.rows.begin, &walk.rows.end,
+                                                     smem);
+    }
+    return walk;
+  }
+
+  JFA_DEVICE int First() const { return Next(rows.begin - 1); }
+  JFA_DEVICE int Next(int block) const {
+    do {
+      ++block;
+    } while (block < rows.end && !queries.template Meets<kBlockM>(block, own));
+    return block;
+  }
 };
 
 }  // namespace jfa

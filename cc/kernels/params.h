@@ -13,7 +13,10 @@ struct TensorArg {
   long long head_stride;
 };
 
-// Sizes and masks, the same for forward and backward.
+// Sizes, masks and biases, the same for forward and backward.
+//
+// Small arrays repeat their values over the key heads, so that batch and head axes shard alike. A
+// packed call has num_sequences > 0: q_len and kv_len count all its tokens.
 struct ProblemParams {
   int batch;
   int num_heads;     // N
@@ -21,23 +24,35 @@ struct ProblemParams {
   int group;         // N / K
   int q_len;         // T
   int kv_len;        // S
-  int head_dim;      // true H, may be less than the tile's
+  int num_sequences;
+  int head_dim;  // true H, may be less than the tile's
   int head_dim_v;
-  float scale;       // of the logits, natural
+  float scale;       // of the logits, natural; positive
   float scale_log2;  // scale * log2(e)
-  int query_offset;  // position of query 0 where query_offsets is null
-  int window_left;   // visible keys before the position; INT_MAX: all
-  int window_right;  // and after it; 0 is causal; INT_MAX: all
-  // [batch, num_kv_heads]: one value per sequence, repeated so that batch and head axes shard alike
-  const int* query_offsets;
-  const int* q_lengths;
-  const int* kv_lengths;
+  float soft_cap;    // 0: none
+  int is_causal;
+  int query_offset;   // position of query 0 where query_offsets is null
+  int window_left;    // visible keys before the position; INT_MAX: all
+  int window_right;   // and after it; 0 is causal; INT_MAX: all
+  int sink_tokens;    // keys below are not hidden by the window
+  int scratch_rows;   // rows of the backward's scratch for one (batch, query head)
+  const int* query_offsets;      // [batch, num_kv_heads] or [batch, num_kv_heads, num_sequences]
+  const int* q_lengths;          // [batch, num_kv_heads]
+  const int* kv_lengths;         // [batch, num_kv_heads]
+  const int* q_segment_ids;      // [batch, num_kv_heads, q_len]
+  const int* q_segment_ranges;   // [batch, num_kv_heads, ceil(q_len / 32), 2]: lowest, highest id
+  const int* kv_segment_ids;     // [batch, num_kv_heads, kv_len]
+  const int* kv_segment_ranges;  // [batch, num_kv_heads, ceil(kv_len / 32), 2]
+  const float* alibi_slopes;     // [batch, num_heads]
+  const int* cu_seqlens_q;       // [batch, num_kv_heads, num_sequences + 1]
+  const int* cu_seqlens_kv;      // [batch, num_kv_heads, num_sequences + 1]
 };
 
 struct FwdParams {
   ProblemParams problem;
   TensorArg q, k, v, out;
-  float* lse;  // [batch, num_heads, q_len], natural log
+  const float* sinks;  // [batch, num_heads], natural logits
+  float* lse;          // [batch, num_heads, q_len], natural log
 };
 
 // A CUtensorMap of the driver, which the copy engine reads from the kernel's parameters.
@@ -57,6 +72,8 @@ struct BwdParams {
   const float* lse;
   const float* dlse;  // [batch, num_heads, q_len] or null
   TensorArg dq, dk, dv;
+  float* dslopes;            // [batch, num_heads, slope_partials] or null; their sum is the gradient
+  int slope_partials;        // SlopePartials() of plan.h
   float* scratch;            // ScratchFloats() of plan.h per (batch, kv head)
   long long scratch_stride;  // floats per (batch, kv head)
 };

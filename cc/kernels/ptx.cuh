@@ -111,6 +111,12 @@ JFA_DEVICE float Log2(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Relative error 2^-11: below the rounding of the weights that follow from it.
+JFA_DEVICE float Tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 template <bool kBf16>
 JFA_DEVICE uint32 Pack16(float low, float high) {
@@ -155,6 +161,26 @@ JFA_DEVICE float QuadMax(float x) {
 JFA_DEVICE float QuadSum(float x) {
   x += __shfl_xor_sync(kFullWarp, x, 1);
   return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// --- a whole warp -------------------------------------------------------------------------------
+
+JFA_DEVICE int WarpMin(int x) {
+  int y;
+  asm volatile("redux.sync.min.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+JFA_DEVICE int WarpMax(int x) {
+  int y;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+JFA_DEVICE float WarpSum(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, distance);
+  }
+  return x;
 }
 
 }  // namespace jfa

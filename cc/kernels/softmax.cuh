@@ -22,13 +22,11 @@ struct OnlineSoftmax {
   // that such a row needs no special case (hidden logits weigh 0, and its first key raises it).
   static constexpr float kNothingSeen = 3e38f;
 
-  float scale;                 // |scale| * log2(e), never 0
+  float scale;                 // of the logits, to log2 units; positive
   float neg_reference[kRows];  // in log2 units
   float sum[kRows];            // this lane's share
 
-  // A negative scale turns the order of logits around: the caller negates them first. A zero scale
-  // would make NaN of a hidden logit (-inf * 0): any tiny one gives the same weights.
-  JFA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale(fmaxf(fabsf(scale_log2), 1e-37f)) {
+  JFA_DEVICE explicit OnlineSoftmax(float to_log2) : scale(to_log2) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       neg_reference[r] = kNothingSeen;
@@ -111,10 +109,19 @@ struct OnlineSoftmax {
     float normalizer;  // factor of the output; 0 for a row that saw nothing
     float lse;         // natural log
   };
-  JFA_DEVICE Result Finalize(int r) const {
+  // `sink` is one more logit, natural, that has no value; -inf is none.
+  JFA_DEVICE Result Finalize(int r, float sink) const {
     const float total = QuadSum(sum[r]);
-    if (total == 0.f) return {0.f, -Infinity()};
-    return {1.f / total, kLn2 * (Log2(total) - neg_reference[r])};
+    if (sink == -Infinity()) {
+      if (total == 0.f) return {0.f, -Infinity()};
+      return {1.f / total, kLn2 * (Log2(total) - neg_reference[r])};
+    }
+    // The larger of the two becomes the reference, or the other's weight might overflow.
+    const float sink_log2 = sink * kLog2e;
+    const float reference = fmaxf(-neg_reference[r], sink_log2);
+    const float factor = Exp2(-neg_reference[r] - reference);
+    const float with_sink = fmaf(total, factor, Exp2(sink_log2 - reference));
+    return {factor / with_sink, kLn2 * (Log2(with_sink) + reference)};
   }
 
  private:

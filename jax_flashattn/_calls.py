@@ -1,0 +1,31 @@
+"""What the custom calls of all platforms share."""
+
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from jax_flashattn._spec import AUX_NAMES, AttentionSpec
+
+# The class has a public name in jax.extend.core, but importing jax.extend imports Pallas, which
+# takes longer than all of this package.
+Primitive: Any = type(lax.add_p)
+
+
+def _side(size: int | None) -> np.int64:
+    return np.int64(-1 if size is None else size)
+
+
+def attributes(spec: AttentionSpec) -> dict[str, Any]:
+    """What `spec` says, as scalars; -1 is an open side of the window, 0 no soft cap."""
+    # Each in its numpy type: a Python int or float would arrive at a width of JAX's choice.
+    return {
+        "scale": np.float32(spec.scale),
+        "soft_cap": np.float32(spec.soft_cap or 0),
+        "is_causal": np.bool_(spec.is_causal),
+        "query_offset": np.int64(spec.query_offset),
+        "window_left": _side(spec.window_left),
+        "window_right": _side(spec.window_right),
+        "sink_tokens": np.int64(spec.sink_tokens),
+        "aux": np.int64(sum(1 << AUX_NAMES.index(name) for name in spec.aux)),
+    }

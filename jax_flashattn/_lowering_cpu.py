@@ -1,0 +1,110 @@
+"""The CPU kernels: plain `[B, T, N, H]` arrays, which XLA may split over the batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from jax_flashattn import _native
+from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._sharding import partition_attributes, result_aval
+from jax_flashattn._spec import AttentionSpec, Dims
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+
+_fwd_p = Primitive("flash_attention_fwd_cpu")
+_bwd_p = Primitive("flash_attention_bwd_cpu")
+for _p in (_fwd_p, _bwd_p):
+    _p.multiple_results = True
+
+# Axes of the optional arrays; z: sequences of a packed batch, y: their boundaries.
+_AUX_AXES = {
+    "q_lengths": "b",
+    "kv_lengths": "b",
+    "q_segment_ids": "bt",
+    "kv_segment_ids": "bs",
+    "alibi_slopes": "bn",
+    "sinks": "bn",
+    "cu_seqlens_q": "by",
+    "cu_seqlens_kv": "by",
+}
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
+) -> list[jax.Array]:
+    """`fwd_p` by the CPU kernels."""
+    return _fwd_p.bind(q, k, v, *aux, spec=spec)
+
+
+def backward(
+    *operands: jax.Array, spec: AttentionSpec, has_dlse: bool, has_dslopes: bool
+) -> list[jax.Array]:
+    """`bwd_p` by the CPU kernels."""
+    dq, dk, dv, *rest = _bwd_p.bind(*operands, spec=spec, has_dlse=has_dlse)
+    # The kernels give what each query row adds to its head's slope.
+    return [dq, dk, dv, *([jnp.sum(rest[0], axis=-1)] if has_dslopes else [])]
+
+
+@_fwd_p.def_abstract_eval
+def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
+    d = Dims.of(q, k, v)
+    return [
+        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
+        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
+    ]
+
+
+@_bwd_p.def_abstract_eval
+def _(q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool) -> list[Any]:
+    d = Dims.of(q, k, v)
+    results = [result_aval(x, x.shape, range(4), x.dtype) for x in (q, k, v)]
+    if "alibi_slopes" in spec.aux:
+        results.append(result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32))
+    # The kernels' scratch is one more result, which XLA plans.
+    num_sequences = rest[-1].shape[1] - 1 if "cu_seqlens_kv" in spec.aux else 0
+    floats = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H, num_sequences)
+    return [*results, result_aval(q, (d.B, floats), (0, None), jnp.float32)]
+
+
+def _partition(
+    ctx: Any, spec: AttentionSpec, operands: Sequence[str], results: Sequence[str]
+) -> dict[str, Any]:
+    d = Dims.of(*ctx.avals_in[:3])
+    sizes = {"b": d.B, "t": d.T, "s": d.S, "n": d.N, "k": d.K, "h": d.H, "d": d.Hv}
+    packed = "cu_seqlens_q" in spec.aux
+    offset_axes = {"query_offset": "bz" if packed else "b"}
+    axes = [{**_AUX_AXES, **offset_axes}[name] for name in spec.aux]
+    if packed:
+        boundaries = ctx.avals_in[-1].shape[1]
+        sizes["y"] = boundaries
+        if "query_offset" in spec.aux:
+            sizes["z"] = boundaries - 1
+    if "x" in results[-1]:
+        sizes["x"] = ctx.avals_out[-1].shape[1]
+    return partition_attributes([*operands, *axes], results, sizes, 1)
+
+
+def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
+    partition = _partition(ctx, spec, ["btnh", "bskh", "bskd"], ["btnd", "bnt"])
+    lower = jax.ffi.ffi_lowering(FWD_TARGET, extra_attributes=partition)
+    return lower(ctx, *operands, **attributes(spec))
+
+
+def _lower_bwd(ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool) -> Any:
+    dlse = ["bnt"] if has_dlse else []
+    rows = ["bnt"] if "alibi_slopes" in spec.aux else []
+    partition = _partition(
+        ctx,
+        spec,
+        ["btnh", "bskh", "bskd", "btnd", "bnt", "btnd", *dlse],
+        ["btnh", "bskh", "bskd", *rows, "bx"],
+    )
+    lower = jax.ffi.ffi_lowering(BWD_TARGET, extra_attributes=partition)
+    return lower(ctx, *operands, **attributes(spec), has_dlse=np.bool_(has_dlse))
+
+
+mlir.register_lowering(_fwd_p, _lower_fwd, platform="cpu")
+mlir.register_lowering(_bwd_p, _lower_bwd, platform="cpu")

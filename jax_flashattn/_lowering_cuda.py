@@ -1,0 +1,272 @@
+"""The CUDA kernels: logical `q [B, K, G, T, H]` and `k [B, K, S, H]`.
+
+Their layouts equal `[B, T, N, H]` memory, so that batch and key heads lead every operand and may be
+split alike, at the cost of bitcasts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from jax_flashattn import _native
+from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._sharding import partition_attributes, result_aval
+from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, UnsupportedError
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+
+MAX_HEAD_DIM = 256
+SEGMENT_BLOCK = 32  # tokens whose lowest and highest id are told to the kernels; theirs too
+_Q_LAYOUT = (4, 2, 1, 3, 0)  # minor to major: memory is B, T, K, G, H
+_K_LAYOUT = (3, 1, 2, 0)  # B, S, K, H
+
+_fwd_p = Primitive("flash_attention_fwd_cuda")
+_bwd_p = Primitive("flash_attention_bwd_cuda")
+for _p in (_fwd_p, _bwd_p):
+    _p.multiple_results = True
+
+
+def variant(
+    spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False
+) -> dict[str, Any]:
+    """What of a call changes code, as `_native` takes it. q and v: anything with dtype and shape."""
+    features = {
+        "softcap": spec.soft_cap is not None,
+        "alibi": "alibi_slopes" in spec.aux,
+        "segments": "q_segment_ids" in spec.aux,
+        "packed": "cu_seqlens_q" in spec.aux,
+        "deterministic": op == "bwd" and spec.deterministic,
+        "dslopes": has_dslopes,
+    }
+    return {
+        "op": op,
+        "dtype": str(q.dtype),
+        "head_dim": q.shape[-1],
+        "head_dim_v": v.shape[-1],
+        "mask": spec.mask_kind,
+        "features": [name for name, given in features.items() if given],
+    }
+
+
+def check_supported(q: Any, v: Any) -> None:
+    """Raises UnsupportedError for dtypes and head dims that the kernels don't take."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UnsupportedError(
+            f"the CUDA kernels take float16 and bfloat16, got {q.dtype}; implementation='xla' is "
+            "dense and takes it"
+        )
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"the CUDA kernels take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]} for q and k, "
+            f"{v.shape[-1]} for v; implementation='xla' is dense and takes any"
+        )
+
+
+# From [B, T, N, H] to the custom call's shapes and back.
+
+
+def _split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    B, T, N, H = x.shape
+    return x.reshape(B, T, num_kv_heads, N // num_kv_heads, H).transpose(0, 2, 3, 1, 4)
+
+
+def _merge_heads(x: jax.Array) -> jax.Array:
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _keys_first(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 2, 1, 3)
+
+
+def _segment_ranges(ids: jax.Array) -> jax.Array:
+    """Lowest and highest id of each block of tokens: `[B, blocks, 2]` from `[B, length]`."""
+    B, length = ids.shape
+    pad = -length % SEGMENT_BLOCK
+    # The last id again changes no range.
+    ids = jnp.pad(ids, ((0, 0), (0, pad)), mode="edge").reshape(B, -1, SEGMENT_BLOCK)
+    return jnp.stack([ids.min(axis=-1), ids.max(axis=-1)], axis=-1)
+
+
+def _aux_operands(
+    spec: AttentionSpec, aux: Sequence[jax.Array], num_kv_heads: int
+) -> list[jax.Array]:
+    """The optional arrays with the axes B and K in front; ranges of segment ids after the ids."""
+    operands = []
+    for name, x in zip(spec.aux, aux, strict=True):
+        B = x.shape[0]
+        if name in PER_HEAD_AUX:
+            operands.append(x.reshape(B, num_kv_heads, -1))
+            continue
+        per_kv_head = [x, _segment_ranges(x)] if "segment_ids" in name else [x]
+        operands += [
+            jnp.broadcast_to(y[:, None], (B, num_kv_heads, *y.shape[1:])) for y in per_kv_head
+        ]
+    return operands
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
+) -> tuple[jax.Array, jax.Array]:
+    """`fwd_p` by the CUDA kernels."""
+    check_supported(q, v)
+    B, T, N, _ = q.shape
+    K = k.shape[2]
+    operands = _split_heads(q, K), _keys_first(k), _keys_first(v), *_aux_operands(spec, aux, K)
+    out, lse = _fwd_p.bind(*operands, spec=spec)
+    return _merge_heads(out), lse.reshape(B, N, T)
+
+
+def backward(
+    *operands: jax.Array, spec: AttentionSpec, has_dlse: bool, has_dslopes: bool
+) -> list[jax.Array]:
+    """`bwd_p` by the CUDA kernels."""
+    q, k, v, out, lse, dout, *rest = operands
+    check_supported(q, v)
+    B, T, N, _ = q.shape
+    K = k.shape[2]
+    rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
+    dlse, aux = rest[:has_dlse], rest[has_dlse:]
+    dq, dk, dv, *more, _ = _bwd_p.bind(
+        _split_heads(q, K),
+        _keys_first(k),
+        _keys_first(v),
+        _split_heads(out, K),
+        rows(lse),
+        _split_heads(dout, K),
+        *(rows(x) for x in dlse),
+        *_aux_operands(spec, aux, K),
+        spec=spec,
+        has_dlse=has_dlse,
+        has_dslopes=has_dslopes,
+    )
+    # Each warp of each key tile leaves what it found for a head's slope.
+    dslopes = [jnp.sum(x, axis=-1).reshape(B, N) for x in more]
+    return [_merge_heads(dq), _keys_first(dk), _keys_first(dv), *dslopes]
+
+
+def _num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
+    return aux[-1].shape[-1] - 1 if "cu_seqlens_kv" in spec.aux else 0
+
+
+@_fwd_p.def_abstract_eval
+def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
+    B, K, G, T, _ = q.shape
+    return [
+        result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), q.dtype),
+        result_aval(q, (B, K, G, T), (0, 1, 2, 3), jnp.float32),
+    ]
+
+
+@_bwd_p.def_abstract_eval
+def _(
+    q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool, has_dslopes: bool
+) -> list[Any]:
+    B, K, G, T, _ = q.shape
+    results = [result_aval(x, x.shape, range(x.ndim), x.dtype) for x in (q, k, v)]
+    num_sequences = _num_sequences(spec, rest)
+    if has_dslopes:
+        partials = _native.cuda_slope_partials(k.shape[2], num_sequences)
+        results.append(result_aval(q, (B, K, G, partials), (0, 1, 2, None), jnp.float32))
+    floats = _native.cuda_scratch_floats(
+        **variant(spec, "bwd", q, v), group=G, q_len=T, num_sequences=num_sequences
+    )
+    scratch = result_aval(q, (B, K, max(1, floats)), (0, 1, None), jnp.float32)
+    return [*results, scratch]
+
+
+# The custom call.
+
+# Axes of the optional arrays; z: sequences of a packed batch, y: their boundaries; u, w: blocks of
+# segment ids; p: a pair.
+_AUX_AXES: dict[str, tuple[str, ...]] = {
+    "q_lengths": ("bk",),
+    "kv_lengths": ("bk",),
+    "q_segment_ids": ("bkt", "bkup"),
+    "kv_segment_ids": ("bks", "bkwp"),
+    "alibi_slopes": ("bkg",),
+    "sinks": ("bkg",),
+    "cu_seqlens_q": ("bky",),
+    "cu_seqlens_kv": ("bky",),
+}
+
+
+def _row_major(axes: str) -> tuple[int, ...]:
+    return tuple(reversed(range(len(axes))))
+
+
+def _layout(axes: str) -> tuple[int, ...]:
+    if len(axes) == 5:
+        return _Q_LAYOUT
+    return _K_LAYOUT if axes in ("bksh", "bksd") else _row_major(axes)
+
+
+def _lower(
+    target: str,
+    ctx: Any,
+    operands: Sequence[Any],
+    inputs: Sequence[str],
+    results: Sequence[str],
+    spec: AttentionSpec,
+    **more: Any,
+) -> Any:
+    """The custom call; `inputs` are the axes of what goes before the optional arrays."""
+    packed = "cu_seqlens_q" in spec.aux
+    offset_axes = {"query_offset": ("bkz" if packed else "bk",)}
+    axes = [*inputs]
+    for name in spec.aux:
+        axes += {**_AUX_AXES, **offset_axes}[name]
+    avals = [*ctx.avals_in, *ctx.avals_out]
+    sizes = {
+        letter: size
+        for letters, aval in zip([*axes, *results], avals, strict=True)
+        for letter, size in zip(letters, aval.shape, strict=True)
+    }
+    q, _, v = ctx.avals_in[:3]
+    lower = jax.ffi.ffi_lowering(
+        target,
+        operand_layouts=[_layout(x) for x in axes],
+        result_layouts=[_layout(x) for x in results],
+        extra_attributes=partition_attributes(axes, results, sizes, 2),
+    )
+    return lower(
+        ctx,
+        *operands,
+        **attributes(spec),
+        # What decides the kernels is said here too, because they are compiled before a runtime need
+        # show any operand. arch 0 is the device at hand, whose context is current then.
+        is_bf16=np.bool_(q.dtype == jnp.bfloat16),
+        head_dim=np.int64(q.shape[-1]),
+        head_dim_v=np.int64(v.shape[-1]),
+        arch=np.int64(0),
+        **more,
+    )
+
+
+def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
+    return _lower(
+        FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec
+    )
+
+
+def _lower_bwd(
+    ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool, has_dslopes: bool
+) -> Any:
+    return _lower(
+        BWD_TARGET,
+        ctx,
+        operands,
+        ["bkgth", "bksh", "bksd", "bkgtd", "bkgt", "bkgtd", *(["bkgt"] * has_dlse)],
+        ["bkgth", "bksh", "bksd", *(["bkgc"] * has_dslopes), "bkx"],
+        spec,
+        deterministic=np.bool_(spec.deterministic),
+        has_dlse=np.bool_(has_dlse),
+        has_dslopes=np.bool_(has_dslopes),
+    )
+
+
+mlir.register_lowering(_fwd_p, _lower_fwd, platform="cuda")
+mlir.register_lowering(_bwd_p, _lower_bwd, platform="cuda")

@@ -1,0 +1,280 @@
+"""From the arguments of the public functions to one canonical call, with every check."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_flashattn import _spec
+from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
+
+
+class Call(NamedTuple):
+    """One call, canonical: what every backend takes."""
+
+    spec: AttentionSpec
+    q: jax.Array  # [B, T, N, H]
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, Hv]
+    aux: dict[str, jax.Array]  # as AUX_NAMES says
+
+
+def dense(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    query_offset: Any = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    segment_ids: Any = None,
+    **options: Any,
+) -> Call:
+    """The canonical form of a call of `attention`; `options` are those of `_finish`."""
+    q, k, v, batch = _arrays(q, k, v, options.get("implementation"))
+    T, S = q.shape[-3], k.shape[-3]
+    aux: dict[str, jax.Array] = {}
+    if query_seq_lengths is not None:
+        aux["q_lengths"] = _spec.int32_per_sequence("query_seq_lengths", query_seq_lengths, batch)
+    if key_value_seq_lengths is not None:
+        aux["kv_lengths"] = _spec.int32_per_sequence(
+            "key_value_seq_lengths", key_value_seq_lengths, batch
+        )
+    if segment_ids is not None:
+        aux["q_segment_ids"], aux["kv_segment_ids"] = _segment_ids(segment_ids, batch, T, S)
+    if query_offset is None and T != S and options.get("is_causal") is True:
+        warnings.warn(
+            f"causal attention with {T} queries and {S} keys and no query_offset: query 0 is at "
+            "position 0 (top-left, as in jax.nn). Pass query_offset=0 to say so, or 'end' for "
+            "FlashAttention's bottom-right alignment",
+            stacklevel=3,
+        )
+    offset = _static_offset(query_offset)
+    if offset == "end" and "q_lengths" not in aux and "kv_lengths" not in aux:
+        offset = S - T
+    if offset == "end":
+        q_length = jnp.clip(aux.get("q_lengths", jnp.int32(T)), 0, T)
+        kv_length = jnp.clip(aux.get("kv_lengths", jnp.int32(S)), 0, S)
+        offset = jnp.broadcast_to(kv_length - q_length, batch)
+    elif offset is None:
+        offset = _spec.int32_per_sequence("query_offset", query_offset, batch)
+    return _finish(q, k, v, batch, offset, aux, **options)
+
+
+def packed(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any = None,
+    query_offset: Any = None,
+    **options: Any,
+) -> Call:
+    """The canonical form of a call of `attention_varlen`; `options` are those of `_finish`."""
+    q, k, v, batch = _arrays(q, k, v, options.get("implementation"))
+    T, S = q.shape[-3], k.shape[-3]
+    if cu_seqlens_kv is None and T != S:
+        raise ValueError(
+            f"cu_seqlens_kv must be given where q and k differ in length, got {T} and {S} tokens"
+        )
+    ends_q = _boundaries("cu_seqlens_q", cu_seqlens_q, batch, T)
+    ends_kv = (
+        ends_q
+        if cu_seqlens_kv is None
+        else _boundaries("cu_seqlens_kv", cu_seqlens_kv, batch, S)
+    )
+    if ends_q.shape != ends_kv.shape:
+        raise ValueError(
+            f"cu_seqlens_kv must have as many sequences as cu_seqlens_q, {ends_q.shape[-1] - 1}, "
+            f"got {ends_kv.shape[-1] - 1}"
+        )
+    aux = {"cu_seqlens_q": ends_q, "cu_seqlens_kv": ends_kv}
+    num_sequences = ends_q.shape[-1] - 1
+    offset = _static_offset(query_offset)
+    if offset == "end" and cu_seqlens_kv is None:
+        offset = 0
+    elif offset == "end":
+        offset = jnp.diff(ends_kv) - jnp.diff(ends_q)
+    elif offset is None:
+        offset = _offset_per_packed_sequence(query_offset, batch, num_sequences)
+    return _finish(q, k, v, batch, offset, aux, **options)
+
+
+def _finish(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    batch: tuple[int, ...],
+    offset: Any,
+    aux: dict[str, jax.Array],
+    *,
+    scale: Any = None,
+    is_causal: Any = False,
+    local_window_size: Any = None,
+    sink_tokens: Any = 0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    logits_soft_cap: Any = None,
+    deterministic: Any = False,
+    implementation: Any = None,
+) -> Call:
+    """What dense and packed calls share."""
+    is_causal = _spec.static_bool("is_causal", is_causal)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    scale = _spec.static_number("scale", scale, "multiply q by it instead")
+    if scale <= 0:
+        # Kernels take the maximum before they scale, which needs a positive factor.
+        q, scale = q * jnp.asarray(math.copysign(1, scale) if scale else 0, q.dtype), -scale or 1.0
+    soft_cap = None
+    if logits_soft_cap is not None:
+        soft_cap = _spec.static_number("logits_soft_cap", logits_soft_cap, "it must be static")
+        if soft_cap <= 0:
+            raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
+    left, right = _window(local_window_size)
+    sink_tokens = _spec.static_int("sink_tokens", sink_tokens, 0)
+    if sink_tokens and not is_causal and left is None and right is None:
+        raise ValueError(
+            f"sink_tokens must come with a window or a causal mask, got {sink_tokens} without: "
+            "all keys are visible already"
+        )
+    if is_causal:
+        right = None  # what causality hides anyway
+    elif right == 0 and left is None and not sink_tokens:
+        is_causal, right = True, None  # the same mask, for which there are faster kernels
+    if left is None and right is None:
+        sink_tokens = 0  # nothing that they would be exempt from
+
+    N = q.shape[-2]
+    if alibi_slopes is not None:
+        aux["alibi_slopes"] = _spec.float32_per_head("alibi_slopes", alibi_slopes, batch, N)
+    if sinks is not None:
+        if jnp.ndim(sinks) != 1:
+            raise ValueError(
+                f"sinks must have shape ({N},), one value per query head, got {jnp.shape(sinks)}"
+            )
+        aux["sinks"] = _spec.float32_per_head("sinks", sinks, batch, N)
+
+    # Positions matter to masks and ALiBi alone: without them, no operand and no recompilation.
+    if not (is_causal or left is not None or right is not None or "alibi_slopes" in aux):
+        offset = 0
+    if not isinstance(offset, int):
+        aux["query_offset"] = offset
+
+    spec = AttentionSpec(
+        scale=scale,
+        soft_cap=soft_cap,
+        is_causal=is_causal,
+        window_left=left,
+        window_right=right,
+        sink_tokens=sink_tokens,
+        query_offset=offset if isinstance(offset, int) else 0,
+        aux=tuple(name for name in AUX_NAMES if name in aux),
+        deterministic=_spec.static_bool("deterministic", deterministic),
+        implementation=implementation,
+    )
+    B = math.prod(batch)
+    q, k, v = (x.reshape(B, *x.shape[-3:]) for x in (q, k, v))
+    aux = {name: x.reshape(B, *x.shape[len(batch) :]) for name, x in aux.items()}
+    return Call(spec, q, k, v, aux)
+
+
+def _arrays(q: Any, k: Any, v: Any, implementation: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    """q, k and v, checked, and their batch axes."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
+        )
+    q, k, v = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (q, k, v))
+    _spec.check_arrays(q, k, v, dense=implementation == "xla")
+    return q, k, v, tuple(q.shape[:-3])
+
+
+def _window(size: Any) -> tuple[int | None, int | None]:
+    """Keys visible to the left and to the right of the position; None is open."""
+    if size is None:
+        return None, None
+    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    if isinstance(left, (tuple, list)):
+        raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
+
+    def side(x: Any) -> int | None:
+        return None if x is None else _spec.static_int("local_window_size", x, 0)
+
+    return side(left), side(right)
+
+
+def _static_offset(query_offset: Any) -> int | str | None:
+    """The offset where it is the same for all and known now, 'end', or None for an array."""
+    if query_offset is None:
+        return 0
+    if isinstance(query_offset, str):
+        if query_offset != "end":
+            raise ValueError(
+                f"query_offset must be an int, 'end' or an int array, got {query_offset!r}"
+            )
+        return query_offset
+    if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
+        info = np.iinfo(np.int32)
+        return int(min(max(query_offset, info.min), info.max))
+    return None
+
+
+def _offset_per_packed_sequence(
+    offset: Any, batch: Sequence[int], num_sequences: int
+) -> jax.Array:
+    """int32 `[*batch, num_sequences]`; the batch axes may be left out."""
+    shape = (*batch, num_sequences)
+    x = _spec.int32_array(
+        "query_offset",
+        offset,
+        [(), (num_sequences,), shape],
+        f"be a scalar or have shape ({num_sequences},) or {shape}, one value per sequence",
+    )
+    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
+
+
+def _segment_ids(ids: Any, batch: tuple[int, ...], T: int, S: int) -> tuple[jax.Array, jax.Array]:
+    """Ids of queries and keys, int32 `[*batch, T]` and `[*batch, S]`."""
+    if not isinstance(ids, (tuple, list)):
+        if T != S:
+            raise ValueError(
+                f"segment_ids must be a pair (of queries, of keys) where their lengths differ, "
+                f"got one array for {T} and {S}"
+            )
+        ids = (ids, ids)
+    if len(ids) != 2:
+        raise ValueError(f"segment_ids must be one array or a pair, got {len(ids)} items")
+
+    def canonical(name: str, x: Any, length: int) -> jax.Array:
+        shapes = [(*batch, length), (length,)]
+        what = f"have shape {shapes[0]} or ({length},)"
+        x = _spec.int32_array(f"segment_ids of {name}", x, shapes, what)
+        return jnp.broadcast_to(x.reshape((1,) * (len(shapes[0]) - x.ndim) + x.shape), shapes[0])
+
+    return canonical("queries", ids[0], T), canonical("keys", ids[1], S)
+
+
+def _boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Array:
+    """Where sequences begin and end: int32 `[*batch, n + 1]`, rising from 0, at most `total`.
+
+    What isn't so is made so: an end before its begin is an empty sequence.
+    """
+    if jnp.ndim(x) not in (1, 1 + len(batch)) or jnp.shape(x)[-1] < 2:
+        raise ValueError(
+            f"{name} must have shape [n + 1] or {[*batch, 'n + 1']} with n >= 1 sequences, "
+            f"got {jnp.shape(x)}"
+        )
+    shape = (*batch, jnp.shape(x)[-1])
+    x = _spec.int32_array(
+        name, x, [shape, shape[-1:]], f"have shape {shape} or {shape[-1:]} (sequences + 1)"
+    )
+    x = jnp.clip(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), 0, total)
+    x = lax.cummax(x.at[..., 0].set(0), axis=x.ndim - 1)
+    return jnp.broadcast_to(x, shape)
