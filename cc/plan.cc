@@ -183,6 +183,24 @@ DqTile PickDqTile(int size, int smem_kb) {
   return {64, 32, 4, 2};
 }
 
+struct FwdSm90Tile {
+  int block_m, block_n, stages;
+  bool ping_pong;
+};
+
+// The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
+// has what was measured.
+FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
+  const int size = std::max(head_dim, head_dim_v);
+  // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
+  // registers, as do other features at the largest head dim.
+  const bool segments = variant.segments;
+  if (size <= 64) return {segments ? 128 : 192, 128, 2, !segments};
+  if (size <= 128) return {128, segments ? 96 : 128, 2, false};
+  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false};
+  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false};
+}
+
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
 void AddInt(Fields* fields, const char* name, int64_t value) {
@@ -260,6 +278,29 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
   return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
 }
 
+// Its copies want 16-byte rows. At head dim 32 most of each product would be padding.
+bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
+  if (arch != 90 || !common.aligned || variant.family == Family::kSm80) return false;
+  return variant.family == Family::kSm90 || std::max(common.head_dim, common.head_dim_v) > 32;
+}
+
+KernelSpec MakeFwdSm90(const Variant& variant, Common common) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const FwdSm90Tile tile = PickFwdSm90Tile(common.head_dim, common.head_dim_v, variant);
+  const int warps = 4 * (tile.block_m / 64 + 1);
+  // Panels of 64 columns, 128 bytes a row; then barriers: Q's two, and K's and V's per stage.
+  const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
+  const int smem =
+      128 * (panels * tile.block_m + tile.stages * (panels + panels_v) * tile.block_n) +
+      8 * (2 + 4 * tile.stages);
+  Fields fields = CommonFields(variant, common, warps, 1);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddBool(&fields, "kPingPong", tile.ping_pong);
+  return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
+          tile.block_n};
+}
+
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
   BwdTile tile = PickBwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb,
                              variant.deterministic);
@@ -328,6 +369,7 @@ struct Entry {
   bool smem;
 };
 constexpr Entry kEntries[] = {
+    {"fwd_sm90.cuh", "FwdSm90", "FwdSm90Params", true},
     {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
     {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
     {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
@@ -340,7 +382,7 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes);
+                    v.packed, v.deterministic, v.dslopes, v.family);
   };
   return fields(a) == fields(b);
 }
@@ -363,7 +405,8 @@ Plan MakePlan(const Variant& variant, int arch) {
 
   const Common common = MakeCommon(variant, info);
   if (variant.op == Op::kFwd) {
-    plan.kernels = {MakeFwd(variant, common, info)};
+    plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common)
+                                                        : MakeFwd(variant, common, info)};
   } else if (variant.deterministic) {
     plan.kernels = {MakePreprocess(variant, common), MakeBwdMain(variant, common, info),
                     MakeBwdDq(variant, common, info)};
@@ -385,10 +428,16 @@ Plan MakePlan(const Variant& variant, int arch) {
 
 // All grids are one-dimensional: the kernels order their tiles themselves (ScheduleWork), and x
 // alone may exceed 65535.
-Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& problem) {
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
+              int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
+  if (kernel.file == "fwd_sm90.cuh") {
+    int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
+    if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
+    return {static_cast<uint32_t>(std::min<int64_t>(items * heads, multiprocessors)), 1, 1};
+  }
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
     block = Field(kernel, "kBlockM");
   } else if (kernel.file == "bwd_sm80.cuh") {
@@ -405,14 +454,31 @@ Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& proble
   return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
 }
 
+bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+                int multiprocessors) {
+  if (variant.mask != Mask::kCausal || variant.packed) return false;
+  const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
+  const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
+  const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);
+  if (rounds > 8) return true;
+  // Row tile i costs as much as the keys it sees, and something to begin and end. Single tiles go
+  // longest first to all CTAs in turn: the first one has most to do.
+  const int64_t before = std::max<int64_t>(problem.kv_len - problem.q_len, 0);
+  const auto cost = [&](int64_t i) { return before + (i + 1) * block + 128; };
+  int64_t single = 0;
+  for (int64_t r = 0; r < rounds; ++r) single += cost(tiles - 1 - r * multiprocessors / heads);
+  const int64_t paired = CeilDiv(CeilDiv(tiles, 2) * heads, multiprocessors) *
+                         (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
+  return paired < single;
+}
+
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
   if (num_sequences == 0) return CeilDiv(q_len, kRowPadding) * kRowPadding;
   return (q_len / kRowPadding + num_sequences + 1) * kRowPadding;
 }
 
 // The layout is BwdScratch in kernels/kv_source.cuh.
-int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len,
-                      int64_t num_sequences) {
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences) {
   if (variant.op == Op::kFwd) return 0;
   return group * ScratchRows(q_len, num_sequences) *
          (2 + (variant.deterministic ? 0 : ClassesOf(variant).head_dim));

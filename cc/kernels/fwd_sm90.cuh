@@ -1,10 +1,35 @@
 // Forward attention for Hopper: wgmma fed by the tensor copy engine (TMA).
+//
+//   one tile = kBlockM rows of one query head         keys, right to left ->
+//                  kHeadDim                     kBlockN   kBlockN
+//            +-----------------+               +---------+---------+
+//   64 rows  | Q, warpgroup 1  |   x K^T = S   |  block  |  block  |   P = exp2(S - ref), in
+//   64 rows  | Q, warpgroup 2  |               |         |         |   registers, feeds P V
+//            +-----------------+               +---------+---------+
+//
+// Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
+//             copies of Q, K and V. Each other warpgroup consumes: it owns 64 rows of the tile.
+// Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
+//             computes the block's softmax while the second product still runs. Other consumers
+//             fill what is left; with kPingPong they take turns at starting products (named
+//             barriers).
+// Tiles       CTAs stay, and take the next tile as soon as they are done (TileWalk): its Q and K
+// are
+//             copied while the last product and the stores of the one before are under way.
+// Shared      Q, kStages buffers of K and as many of V, each with a full and an empty mbarrier.
+//             plan.cc computes the same sum.
+// Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
+//             more, of 240 (two consumers) or 160 (three).
+//
+// ptxas runs all products one after the other (C7510 to C7517 in its log) if on some path it can't
+// tell that a product is done before its accumulator is touched. So each wait stands in the same
+// branch as its product, and accumulators change only between a wait and the next product's start.
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
 #include "kv_source.cuh"
-#include "mask.cuh"
 #include "ptx_sm90.cuh"
+#include "row_scores.cuh"
 #include "softmax.cuh"
 
 namespace jfa {
@@ -31,9 +56,15 @@ struct FwdSm90 {
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
   static constexpr int kOutBlocks = C::kHeadDimV / 16;
-  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kConsumers == 2 ? 240 : 256;
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
+  // among sequences or segments a producer needs more than to walk over plain ones.
+  static constexpr int kProducerRegisters = kConsumers == 1   ? 56
+                                            : kConsumers == 3 ? (C::kSegments ? 56 : 32)
+                                            : C::kSegments    ? 56
+                                            : C::kPacked      ? 40
+                                                              : 24;
+  static constexpr int kConsumerRegisters =
+      kConsumers == 1 ? 256 : (512 - kProducerRegisters) / kConsumers / 8 * 8;
 
   // Tiles lie in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are
   // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
@@ -72,31 +103,16 @@ struct FwdSm90 {
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
+  using Place = RowScores<4, 1, kKeySteps>;
 
   static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
     return smem + kSmemBarriers + 8 * (barrier + stage);
   }
 
-  struct Place {
-    int row_tile, batch, head, kv_head;
-  };
-
   // One row tile of one query head.
   struct Tile {
     int row0, batch, head, kv_head;
     Sequence sequence;
-    BandMask<kMask> mask;
-    BlockRange keys;
-
-    JFA_DEVICE Tile(const ProblemParams& problem, const Place& place)
-        : row0(place.row_tile * C::kBlockM),
-          batch(place.batch),
-          head(place.head),
-          kv_head(place.kv_head),
-          sequence(problem, batch, kv_head),
-          mask(sequence.q_len, sequence.kv_len, sequence.offset, problem.window_left,
-               problem.window_right),
-          keys(mask.template KeyBlocks<C::kBlockN>(row0, row0 + C::kBlockM)) {}
   };
 
   // The row tiles of one CTA. Single tiles come longest first. Pairs join a long and a short one:
@@ -109,38 +125,52 @@ struct FwdSm90 {
 
     JFA_DEVICE explicit TileWalk(const FwdSm90Params& p)
         : params(p),
-          num_row_tiles(CeilDiv(p.fwd.problem.q_len, C::kBlockM)),
+          num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
           blocks_per_head(p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles),
           count(static_cast<uint32>(blocks_per_head) * p.fwd.problem.batch *
                 p.fwd.problem.num_heads),
           item(blockIdx.x) {}
 
-    // False at the end.
-    JFA_DEVICE bool Next(Place* place) {
-      if (item >= count) return false;
+    // False at the end. All lanes of a warp together.
+    JFA_DEVICE bool Next(Tile* tile) {
       const ProblemParams& problem = params.fwd.problem;
-      const WorkItem work = ScheduleWork(
-          item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
-          static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-          C::kL2Bytes);
-      const bool from_end = kMask != MaskKind::kFull && !second;
-      *place = {from_end ? num_row_tiles - 1 - work.block : work.block, work.batch, work.head,
-                work.head / problem.group};
-      if (params.paired && !second && 2 * work.block + 1 != num_row_tiles) {
-        second = true;
-      } else {
-        second = false;
-        item += gridDim.x;
+      while (item < count) {
+        WorkItem work = ScheduleWork(
+            item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
+            static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+            C::kL2Bytes);
+        const bool last_first = kMask != MaskKind::kFull && !second;
+        if (params.paired && !second && 2 * work.block + 1 != num_row_tiles) {
+          second = true;
+        } else {
+          second = false;
+          item += gridDim.x;
+        }
+        if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
+          continue;
+        }
+        tile->row0 = work.block * C::kBlockM;
+        tile->batch = work.batch;
+        tile->head = work.head;
+        tile->kv_head = work.head / problem.group;
+        return true;
       }
-      return true;
+      return false;
     }
   };
 
-  // --- producer: one thread ---------------------------------------------------------------------
+  using Mask = BandMask<kMask>;
+  using Ids = SegmentIds<C::kSegments>;
+  using Keys = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>;
+  static JFA_DEVICE Keys KeysOf(const Tile& tile, const Mask& mask, const Ids& ids) {
+    return Keys::template Of<kWarpSize>(mask, ids, tile.row0, nullptr);
+  }
+
+  // --- producer: one warp, of which one lane gives the orders ---------------------------------
 
   template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row, int head,
-                              int batch, uint64 policy) {
+  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
+                              int head, int batch, uint64 policy) {
     MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
 #pragma unroll
     for (int panel = 0; panel < kPanelCount; ++panel) {
@@ -151,48 +181,59 @@ struct FwdSm90 {
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, uint32 smem) {
     const ProblemParams& problem = params.fwd.problem;
+    const bool leader = ReadLaneIndex() == 0;
     TileWalk walk(params);
-    Place place;
+    Tile tile;
     Ring k, v;
     uint32 parity_q = 0;
-    const auto load_v = [&](const Tile& tile, int block) {
-      MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-      Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
-                                   Address(smem, kFullV, v.stage), block * C::kBlockN, tile.kv_head,
-                                   tile.batch, kL2EvictLast);
-      v.Advance();
-    };
-    while (walk.Next(&place)) {
-      const Tile tile(problem, place);
+    while (walk.Next(&tile)) {
+      const Mask mask(problem, tile.sequence);
+      const Ids ids(problem, tile.batch, tile.kv_head);
+      const Keys keys = KeysOf(tile, mask, ids);
       const auto load_q = [&] {
-        MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
-        Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ), tile.row0,
-                                    tile.head, tile.batch, kL2EvictFirst);
+        if (leader) {
+          MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
+          Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ),
+                                      tile.sequence.q_begin + tile.row0, tile.head, tile.batch,
+                                      kL2EvictFirst);
+        }
         parity_q ^= 1;
       };
-      if (tile.keys.begin >= tile.keys.end) load_q();
-      for (int block = tile.keys.end - 1; block >= tile.keys.begin; --block) {
-        MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-        Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
-                                    Address(smem, kFullK, k.stage), block * C::kBlockN,
-                                    tile.kv_head, tile.batch, kL2EvictLast);
+      const auto load_v = [&](int block) {
+        if (leader) {
+          MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
+          Load<kPanelsV, kPanelBytesN>(
+              &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+              tile.sequence.kv_begin + block * C::kBlockN, tile.kv_head, tile.batch, kL2EvictLast);
+        }
+        v.Advance();
+      };
+      // Q's buffer is the last to be free after the tile before. Values are needed one block later
+      // than keys.
+      int before = -1;
+      for (int block = keys.First(); block >= 0; block = keys.Next(block)) {
+        if (leader) {
+          MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
+          Load<kPanels, kPanelBytesN>(
+              &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
+              tile.sequence.kv_begin + block * C::kBlockN, tile.kv_head, tile.batch, kL2EvictLast);
+        }
         k.Advance();
-        // Q's buffer is the last to be free after the tile before. Values are needed one block
-        // later than keys.
-        if (block + 1 == tile.keys.end) {
+        if (before < 0) {
           load_q();
         } else {
-          load_v(tile, block + 1);
+          load_v(before);
         }
+        before = block;
       }
-      if (tile.keys.begin < tile.keys.end) load_v(tile, tile.keys.begin);
+      if (before >= 0) load_v(before);
     }
   }
 
   // --- consumers --------------------------------------------------------------------------------
 
-  // Shared memory operand in panels: rows in groups of 8 (1024 bytes); `leading` bytes from panel to
-  // panel, which counts only where a product's outer dimension runs over panels.
+  // Shared memory operand in panels: rows in groups of 8 (1024 bytes); `leading` bytes from panel
+  // to panel, which counts only where a product's outer dimension runs over panels.
   static JFA_DEVICE uint64 Descriptor(uint32 address, uint32 leading) {
     constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = (8 * kRowBytes) >> 4;
     return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |
@@ -207,9 +248,9 @@ struct FwdSm90 {
 #pragma unroll
     for (int step = 0; step < kDimSteps; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(
-          s, q + ((panel * kPanelBytesM + within) >> 4), k + ((panel * kPanelBytesN + within) >> 4),
-          step > 0);
+      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
+                                                      k + ((panel * kPanelBytesN + within) >> 4),
+                                                      step > 0);
     }
     WgmmaCommit();
     Pin(s);
@@ -229,43 +270,30 @@ struct FwdSm90 {
     Pin(out);
   }
 
-  // Returns whether anything was hidden.
-  static JFA_DEVICE bool Hide(Scores& s, const BandMask<kMask>& mask, int group_row, int key0) {
-    if (!mask.template NeedsMask<kGroupRows, C::kBlockN>(group_row, key0)) return false;
-    const int thread = ReadThreadIndex();
-    const int row = FirstRow(group_row, thread);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Window seen = mask.KeysOf(row + 8 * half).From(key0 + thread % 4 * 2);
-#pragma unroll
-      for (int n = 0; n < 2 * kKeySteps; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& logit = s[0][n][2 * half + e];
-          if (!mask.InKeys(seen, 8 * n + e)) logit = -Infinity();
-        }
+  // Scores to logits, -inf where a row doesn't see a key.
+  template <class Logits>
+  static JFA_DEVICE void MakeLogits(Scores& s, const Logits& logits, const Mask& mask,
+                                    const Ids& ids, const Keys& keys, const Tile& tile, int group,
+                                    int block) {
+    const int key0 = block * C::kBlockN;
+    // Warps count from the producer's on.
+    const int row0 = tile.row0 - kGroupRows;
+    if constexpr (!Logits::kPlain) Place::Apply(s, logits, row0, key0);
+    if (mask.template NeedsMask<kGroupRows, C::kBlockN>(tile.row0 + group * kGroupRows, key0)) {
+      Place::HideBand(s, mask, row0, key0);
+    }
+    if constexpr (C::kSegments) {
+      if (!keys.keys.template RangeOf<C::kBlockN>(block).IsOneWith(keys.own)) {
+        Place::HideOtherSegments(s, ids, row0, key0);
       }
     }
-    return true;
   }
 
-  template <bool kFinite>
-  static JFA_DEVICE void WeighAll(Scores& s, OnlineSoftmax<1>& softmax) {
+  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax) {
 #pragma unroll
     for (int n = 0; n < 2 * kKeySteps; ++n) {
-      const bool by_fma = kFinite && C::kFmaEvery > 0 && n % C::kFmaEvery == C::kFmaEvery - 1;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[0][n][e] = by_fma ? softmax.template WeighByFma<!C::kBf16>(e / 2, s[0][n][e])
-                            : softmax.Weigh(e / 2, s[0][n][e]);
-      }
-    }
-  }
-  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax, bool hidden) {
-    if (C::kFmaEvery == 0 || hidden) {
-      WeighAll<false>(s, softmax);
-    } else {
-      WeighAll<true>(s, softmax);
+      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
     }
   }
 
@@ -308,67 +336,72 @@ struct FwdSm90 {
   static JFA_DEVICE void Consume(const FwdSm90Params& params, uint32 smem, int group) {
     const ProblemParams& problem = params.fwd.problem;
     TileWalk walk(params);
-    Place place;
+    Tile tile;
     Ring k, v;
     uint32 parity_q = 0;
-    if (group == 0) {
-      if constexpr (C::kPingPong) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
-    }
+    if (C::kPingPong && group == 0) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
     const uint32 smem_q = smem + kSmemQ + group * kGroupRows * kRowBytes;
 
-    bool more = walk.Next(&place);
+    bool more = walk.Next(&tile);
     while (more) {
-      const Tile tile(problem, place);
-      const int group_row = tile.row0 + group * kGroupRows;
+      const Mask mask(problem, tile.sequence);
+      const Ids ids(problem, tile.batch, tile.kv_head);
+      const Keys keys = KeysOf(tile, mask, ids);
+      const LogitMap<C::kSoftcap, C::kAlibi> logits(problem, tile.sequence, tile.batch, tile.head);
+      OnlineSoftmax<1> softmax(logits.Scale());
       Output out;
       Clear(out);
-      OnlineSoftmax<1> softmax(problem.scale_log2);
+      Pin(out);
+      const Tile here = tile;
+      float2 normalizer;
 
-      MbarrierWait(Address(smem, kFullQ), parity_q);
-      parity_q ^= 1;
-
-      if (tile.keys.begin < tile.keys.end) {
-        int key0 = (tile.keys.end - 1) * C::kBlockN;
+      int block = keys.First();
+      if (block >= 0) {
         Scores s;
         Weights p;
         float factor[2];
 
+        MbarrierWait(Address(smem, kFullQ), parity_q);
+        parity_q ^= 1;
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
         WgmmaWait<0>();
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
-        const int first_key = tile.keys.begin * C::kBlockN;
-        if (key0 == first_key) Arrive(Address(smem, kEmptyQ));
-        const bool hidden = Hide(s, tile.mask, group_row, key0);
+        int next = keys.Next(block);
+        if (next < 0) Arrive(Address(smem, kEmptyQ));
+        MakeLogits(s, logits, mask, ids, keys, here, group, block);
         softmax.Follow(s, factor);
-        Weigh(s, softmax, hidden);
+        Weigh(s, softmax);
         Pack(p, s);
 
-        const int keys_left = tile.sequence.kv_len - key0;
-        if (keys_left < C::kBlockN && tile.sequence.kv_len < problem.kv_len) {
+        // Only the first block may reach over the end of the keys.
+        const int keys_left = here.sequence.kv_len - block * C::kBlockN;
+        if (keys_left < C::kBlockN &&
+            here.sequence.kv_begin + here.sequence.kv_len < problem.kv_len) {
           MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
           ClearValuesFrom(smem + kSmemV + v.stage * kBytesV, keys_left, group);
         }
 
 #pragma unroll 1
-        while (key0 > first_key) {
-          key0 -= C::kBlockN;
+        while (next >= 0) {
+          block = next;
           MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
           TakeTurn(group);
           ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
           MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
           OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
           PassTurn(group);
+          next = keys.Next(block);
           WgmmaWait<1>();
           Pin(s);
           Arrive(Address(smem, kEmptyK, k.stage));
           k.Advance();
-          if (key0 == first_key) Arrive(Address(smem, kEmptyQ));
-          const bool hidden = Hide(s, tile.mask, group_row, key0);
+          if (next < 0) Arrive(Address(smem, kEmptyQ));
+          MakeLogits(s, logits, mask, ids, keys, here, group, block);
           const bool rescale = softmax.Follow(s, factor);
-          Weigh(s, softmax, hidden);
+          Weigh(s, softmax);
           WgmmaWait<0>();
           Pin(out);
           Arrive(Address(smem, kEmptyV, v.stage));
@@ -379,19 +412,18 @@ struct FwdSm90 {
 
         MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
-      } else {
-        Arrive(Address(smem, kEmptyQ));
-      }
-      // What needs no output runs under the last product.
-      more = walk.Next(&place);
-      const float2 normalizer = StoreLse(params, tile, group_row, softmax);
-      if (tile.keys.begin < tile.keys.end) {
+        // What needs no output runs under the last product.
+        more = walk.Next(&tile);
+        normalizer = StoreLse(params, here, group, softmax);
         WgmmaWait<0>();
         Pin(out);
         Arrive(Address(smem, kEmptyV, v.stage));
         v.Advance();
+      } else {
+        more = walk.Next(&tile);
+        normalizer = StoreLse(params, here, group, softmax);
       }
-      Store(params, tile, group_row, normalizer, out);
+      Store(params, here, group, normalizer, out);
     }
   }
 
@@ -409,23 +441,24 @@ struct FwdSm90 {
     }
   }
 
-  static JFA_DEVICE int FirstRow(int group_row, int thread) {
-    return group_row + thread / kWarpSize % 4 * 16 + thread % kWarpSize / 4;
-  }
-
   // Returns the factors of this lane's two rows of output.
-  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile, int group_row,
+  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile, int group,
                                     const OnlineSoftmax<1>& softmax) {
     const ProblemParams& problem = params.fwd.problem;
-    float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head);
-    const int thread = ReadThreadIndex();
+    const Sequence& sequence = tile.sequence;
+    float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head) + sequence.q_begin;
+    const float sink = params.fwd.sinks == nullptr
+                           ? -Infinity()
+                           : __ldg(params.fwd.sinks +
+                                   static_cast<int64>(tile.batch) * problem.num_heads + tile.head);
+    const bool writes = ReadLaneIndex() % 4 == 0;
     float normalizer[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const OnlineSoftmax<1>::Result result = softmax.Finalize(half);
-      const int row = FirstRow(group_row, thread) + 8 * half;
-      if (thread % 4 == 0 && row < problem.q_len) {
-        lse[row] = row < tile.sequence.q_len ? result.lse : -Infinity();
+      const OnlineSoftmax<1>::Result result = softmax.Finalize(half, sink);
+      const int row = Place::RowOf(tile.row0 - kGroupRows, half);
+      if (writes && row < sequence.q_rows) {
+        lse[row] = row < sequence.q_len ? result.lse : -Infinity();
       }
       normalizer[half] = result.normalizer;
     }
@@ -434,17 +467,17 @@ struct FwdSm90 {
 
   // Normalises and writes out, straight from registers: the four lanes that share a row exchange
   // their columns until each has 16 consecutive bytes. Shared memory stays free for the next tile.
-  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group_row,
+  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group,
                                float2 normalizer, const Output& out) {
     const ProblemParams& problem = params.fwd.problem;
-    const int thread = ReadThreadIndex(), t = thread % 4;
-    uint16* target = HeadPointer(params.fwd.out, tile.batch, tile.head) + 8 * t;
+    const int t = ReadLaneIndex() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = FirstRow(group_row, thread) + 8 * half;
+      const int row = Place::RowOf(tile.row0 - kGroupRows, half);
       const bool valid = row < tile.sequence.q_len;
       const float factor = half ? normalizer.y : normalizer.x;
-      uint16* target_row = target + row * params.fwd.out.row_stride;
+      uint16* target =
+          RowPointer(params.fwd.out, tile.batch, tile.head, tile.sequence.q_begin + row) + 8 * t;
 #pragma unroll
       for (int n = 0; n < C::kHeadDimV / 32; ++n) {
         uint32 w[4];
@@ -455,8 +488,8 @@ struct FwdSm90 {
           w[i] = valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
         }
         Transpose(w, t);
-        if (row < problem.q_len && 32 * n + 8 * t < problem.head_dim_v) {
-          StoreGlobal16(target_row + 32 * n, w);
+        if (row < tile.sequence.q_rows && 32 * n + 8 * t < problem.head_dim_v) {
+          StoreGlobal16(target + 32 * n, w);
         }
       }
     }
@@ -482,7 +515,7 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x == 0) Produce(params, smem);
+      if (threadIdx.x < kWarpSize) Produce(params, smem);
     } else {
       ClaimRegisters<kConsumerRegisters>();
       Consume(params, smem, group - 1);

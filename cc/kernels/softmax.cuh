@@ -79,32 +79,6 @@ struct OnlineSoftmax {
     return p;
   }
 
-  // The same for a finite logit, by FMAs and integers instead of the special function unit, which
-  // has a sixteenth of the multiprocessor's FMA rate. Relative error 7e-5, with kPrecise 3e-6.
-  // (A logit of -inf would weigh 2^-126, not nothing.)
-  template <bool kPrecise>
-  JFA_DEVICE float WeighByFma(int r, float s) {
-    constexpr float kRound = 12582912.f;  // 1.5 * 2^23: leaves the nearest integer in the low bits
-    const float x = fmaxf(fmaf(s, scale, neg_reference[r]), -126.f);
-    const float whole = x + kRound;
-    const float f = x - (whole - kRound);
-    // 2^f on [-1/2, 1/2], least relative error
-    float p;
-    if constexpr (kPrecise) {
-      p = fmaf(9.5701022e-3f, f, 5.5917859e-2f);
-      p = fmaf(p, f, 0.24024744f);
-      p = fmaf(p, f, 0.69312179f);
-      p = fmaf(p, f, 0.99999928f);
-    } else {
-      p = fmaf(5.5171669e-2f, f, 0.24261113f);
-      p = fmaf(p, f, 0.69326097f);
-      p = fmaf(p, f, 0.99992806f);
-    }
-    p = __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
-    sum[r] += p;
-    return p;
-  }
-
   struct Result {
     float normalizer;  // factor of the output; 0 for a row that saw nothing
     float lse;         // natural log
