@@ -186,6 +186,7 @@ DqTile PickDqTile(int size, int smem_kb) {
 struct FwdSm90Tile {
   int block_m, block_n, stages;
   bool ping_pong;
+  int stages_q = 2;
 };
 
 // The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
@@ -197,8 +198,8 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   const bool segments = variant.segments;
   if (size <= 64) return {segments ? 128 : 192, 128, 2, !segments};
   if (size <= 128) return {128, segments ? 96 : 128, 2, false};
-  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false};
-  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false};
+  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
+  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
 }
 
 using Fields = std::vector<std::pair<std::string, std::string>>;
@@ -292,10 +293,12 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common) {
   // Panels of 64 columns, 128 bytes a row; then barriers: Q's two, and K's and V's per stage.
   const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
   const int smem =
-      128 * (panels * tile.block_m + tile.stages * (panels + panels_v) * tile.block_n) +
-      8 * (2 + 4 * tile.stages);
+      128 * (panels * tile.stages_q * tile.block_m +
+             tile.stages * (panels + panels_v) * tile.block_n) +
+      8 * (2 * tile.stages_q + 4 * tile.stages);
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddInt(&fields, "kStagesQ", tile.stages_q);
   AddBool(&fields, "kPingPong", tile.ping_pong);
   return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
           tile.block_n};

@@ -16,7 +16,7 @@
 // Tiles       CTAs stay, and take the next tile as soon as they are done (TileWalk): its Q and K
 // are
 //             copied while the last product and the stores of the one before are under way.
-// Shared      Q, kStages buffers of K and as many of V, each with a full and an empty mbarrier.
+// Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier.
 //             plan.cc computes the same sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
 //             more, of 240 (two consumers) or 160 (three).
@@ -79,14 +79,14 @@ struct FwdSm90 {
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
 
   static constexpr int kSmemQ = 0;
-  static constexpr int kSmemK = kBytesQ;
+  static constexpr int kSmemK = C::kStagesQ * kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemBarriers = kSmemV + C::kStages * kBytesV;
-  static constexpr int kSmemBytes = kSmemBarriers + 8 * (2 + 4 * C::kStages);
+  static constexpr int kSmemBytes = kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages);
   enum Barrier {
     kFullQ = 0,
-    kEmptyQ = 1,
-    kFullK = 2,
+    kEmptyQ = kFullQ + C::kStagesQ,
+    kFullK = kEmptyQ + C::kStagesQ,
     kEmptyK = kFullK + C::kStages,
     kFullV = kEmptyK + C::kStages,
     kEmptyV = kFullV + C::kStages,
@@ -100,6 +100,7 @@ struct FwdSm90 {
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
+  using RingQ = RingPosition<C::kStagesQ>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
@@ -115,8 +116,9 @@ struct FwdSm90 {
     Sequence sequence;
   };
 
-  // The row tiles of one CTA. Single tiles come longest first. Pairs join a long and a short one:
-  // under a causal mask all of them are equally long, and CTAs that stay can share them evenly.
+  // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
+  // long and a short one, all equally long, which CTAs that stay can share evenly. Where tiles or
+  // pairs are alike, those of one key head follow each other, while the L2 has its keys.
   struct TileWalk {
     const FwdSm90Params& params;
     int num_row_tiles, blocks_per_head;
@@ -135,10 +137,11 @@ struct FwdSm90 {
     JFA_DEVICE bool Next(Tile* tile) {
       const ProblemParams& problem = params.fwd.problem;
       while (item < count) {
+        const bool alike = kMask != MaskKind::kCausal || params.paired;
         WorkItem work = ScheduleWork(
             item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
             static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-            C::kL2Bytes);
+            alike ? 0 : C::kL2Bytes);
         const bool last_first = kMask != MaskKind::kFull && !second;
         if (params.paired && !second && 2 * work.block + 1 != num_row_tiles) {
           second = true;
@@ -184,20 +187,21 @@ struct FwdSm90 {
     const bool leader = ReadLaneIndex() == 0;
     TileWalk walk(params);
     Tile tile;
+    RingQ q;
     Ring k, v;
-    uint32 parity_q = 0;
     while (walk.Next(&tile)) {
       const Mask mask(problem, tile.sequence);
       const Ids ids(problem, tile.batch, tile.kv_head);
       const Keys keys = KeysOf(tile, mask, ids);
       const auto load_q = [&] {
         if (leader) {
-          MbarrierWait(Address(smem, kEmptyQ), parity_q ^ 1);
-          Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ, Address(smem, kFullQ),
+          MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
+          Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
+                                      Address(smem, kFullQ, q.stage),
                                       tile.sequence.q_begin + tile.row0, tile.head, tile.batch,
                                       kL2EvictFirst);
         }
-        parity_q ^= 1;
+        q.Advance();
       };
       const auto load_v = [&](int block) {
         if (leader) {
@@ -208,10 +212,11 @@ struct FwdSm90 {
         }
         v.Advance();
       };
-      // Q's buffer is the last to be free after the tile before. Values are needed one block later
-      // than keys.
-      int before = -1;
-      for (int block = keys.First(); block >= 0; block = keys.Next(block)) {
+      // A single buffer of Q is the last to be free after the tile before. Values are needed one
+      // block later than keys.
+      int before = -1, block = keys.First();
+      if (C::kStagesQ > 1 && block >= 0) load_q();
+      for (; block >= 0; block = keys.Next(block)) {
         if (leader) {
           MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
           Load<kPanels, kPanelBytesN>(
@@ -219,10 +224,10 @@ struct FwdSm90 {
               tile.sequence.kv_begin + block * C::kBlockN, tile.kv_head, tile.batch, kL2EvictLast);
         }
         k.Advance();
-        if (before < 0) {
-          load_q();
-        } else {
+        if (before >= 0) {
           load_v(before);
+        } else if (C::kStagesQ == 1) {
+          load_q();
         }
         before = block;
       }
@@ -337,10 +342,9 @@ struct FwdSm90 {
     const ProblemParams& problem = params.fwd.problem;
     TileWalk walk(params);
     Tile tile;
+    RingQ q;
     Ring k, v;
-    uint32 parity_q = 0;
     if (C::kPingPong && group == 0) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
-    const uint32 smem_q = smem + kSmemQ + group * kGroupRows * kRowBytes;
 
     bool more = walk.Next(&tile);
     while (more) {
@@ -361,8 +365,11 @@ struct FwdSm90 {
         Weights p;
         float factor[2];
 
-        MbarrierWait(Address(smem, kFullQ), parity_q);
-        parity_q ^= 1;
+        const uint32 smem_q =
+            smem + kSmemQ + q.stage * kBytesQ + group * kGroupRows * kRowBytes;
+        const uint32 empty_q = Address(smem, kEmptyQ, q.stage);
+        MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
+        q.Advance();
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
         WgmmaWait<0>();
@@ -370,7 +377,7 @@ struct FwdSm90 {
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
         int next = keys.Next(block);
-        if (next < 0) Arrive(Address(smem, kEmptyQ));
+        if (next < 0) Arrive(empty_q);
         MakeLogits(s, logits, mask, ids, keys, here, group, block);
         softmax.Follow(s, factor);
         Weigh(s, softmax);
@@ -398,7 +405,7 @@ struct FwdSm90 {
           Pin(s);
           Arrive(Address(smem, kEmptyK, k.stage));
           k.Advance();
-          if (next < 0) Arrive(Address(smem, kEmptyQ));
+          if (next < 0) Arrive(empty_q);
           MakeLogits(s, logits, mask, ids, keys, here, group, block);
           const bool rescale = softmax.Follow(s, factor);
           Weigh(s, softmax);
@@ -502,8 +509,10 @@ struct FwdSm90 {
       TmaPrefetch(&params.q);
       TmaPrefetch(&params.k);
       TmaPrefetch(&params.v);
-      MbarrierInit(Address(smem, kFullQ), 1);
-      MbarrierInit(Address(smem, kEmptyQ), 4 * kConsumers);
+      for (int stage = 0; stage < C::kStagesQ; ++stage) {
+        MbarrierInit(Address(smem, kFullQ, stage), 1);
+        MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+      }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
         MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
