@@ -135,8 +135,8 @@ nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int
   std::vector<jfa::jit::Result> results;
   {
     nb::gil_scoped_release release;
-    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch,
-                         &results));
+    Raise(
+        jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch, &results));
   }
   nb::list list;
   for (const auto& result : results) list.append(ToDict(result));
@@ -200,10 +200,13 @@ NB_MODULE(_native, m) {
   m.def("cpu_isa", &jfa::cpu::Isa);
   m.def(
       "cpu_bwd_scratch_floats",
-      [](int64_t q_len, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) {
-        return jfa::cpu::BwdScratchFloats(1, q_len, num_heads, num_kv_heads, head_dim);
+      [](int64_t q_len, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+         int64_t num_sequences) {
+        return jfa::cpu::BwdScratchFloats(1, q_len, num_heads, num_kv_heads, head_dim,
+                                          num_sequences);
       },
-      nb::arg("q_len"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"));
+      nb::arg("q_len"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+      nb::arg("num_sequences"));
 
   m.def("cuda_handlers", &CudaHandlers);
   m.def("cuda_state_type", &CudaStateType);

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jax_flashattn import _native
+from jax_flashattn import _bench_features, _native
 from jax_flashattn._api import attention
 
 Case = tuple[str, int, int, bool]  # dtype, sequence length, head dim, causal
@@ -157,6 +157,7 @@ def run(output: pathlib.Path | None) -> None:
             f"peak growth of forward and backward, {m['dtype']} S={m['seq_len']}: "
             f"{m['growth_bytes'] / 2**20:.0f} MiB, {m['ratio']:.2f}x of inputs and results"
         )
+    features = _bench_features.run(heads=2, repeats=1)
     if output is not None:
         report = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -167,5 +168,6 @@ def run(output: pathlib.Path | None) -> None:
             "cases": rows,
             "summary": summary,
             "memory": memory,
+            "features": features,
         }
         output.write_text(json.dumps(report, indent=1) + "\n")

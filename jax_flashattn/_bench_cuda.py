@@ -10,7 +10,6 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashattn import _native
+from jax_flashattn import _bench_features, _native
 from jax_flashattn._api import attention
+from jax_flashattn._timing import Timer, timers
 
 NUM_TOKENS, HIDDEN = 16384, 2048
 REPEATS = 10  # calls in one timed program
 ROUNDS = 7
-Timer = Callable[[], float]  # seconds of one call
 
 CASES = [
     (head_dim, is_causal, seq_len)
@@ -34,40 +33,10 @@ CASES = [
 ]
 
 
-def _jax_timer(program: Any, *args: Any) -> Timer:
-    compiled = jax.jit(program).lower(*args).compile()
-    for _ in range(3):
-        jax.block_until_ready(compiled(*args))
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        return (time.perf_counter() - start) / REPEATS
-
-    return seconds
-
-
 def _jax_timers(function: Callable[..., jax.Array], shape: tuple[int, ...]) -> dict[str, Timer]:
-    q, k, v, dout = (
-        jax.random.normal(key, shape, jnp.bfloat16)
-        for key in jax.random.split(jax.random.key(0), 4)
-    )
-    out, vjp = jax.vjp(function, q, k, v)
-    del out
-
-    # Each call takes the last one's result, or XLA would merge them.
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        for _ in range(REPEATS):
-            q = function(q, k, v)
-        return q
-
-    def backward(vjp: Any, dout: jax.Array) -> Any:
-        grads = (dout,)
-        for _ in range(REPEATS):
-            grads = vjp(grads[0])
-        return grads
-
-    return {"fwd": _jax_timer(forward, q, k, v), "bwd": _jax_timer(backward, vjp, dout)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    return timers(function, inputs, REPEATS)
 
 
 def _torch_timers(is_causal: bool, shape: tuple[int, ...]) -> dict[str, Timer]:
@@ -127,10 +96,10 @@ def run(output: pathlib.Path | None) -> None:
         peers = _peers(is_causal, shape)
         for op, products in (("fwd", 4), ("bwd", 10)):
             flops = products * batch * heads * seq_len**2 * head_dim / (2 if is_causal else 1)
-            timers = {"jax_flashattn": ours[op], **{name: t[op] for name, t in peers.items()}}
-            rounds = [{name: t() for name, t in timers.items()} for _ in range(ROUNDS)]
+            timed = {"jax_flashattn": ours[op], **{name: t[op] for name, t in peers.items()}}
+            rounds = [{name: t() for name, t in timed.items()} for _ in range(ROUNDS)]
             cells = []
-            for name in timers:
+            for name in timed:
                 seconds = statistics.median(r[name] for r in rounds)
                 rows.append(
                     {
@@ -155,12 +124,13 @@ def run(output: pathlib.Path | None) -> None:
                     rows[-1]["our_speedup"] = ratio
                     ratios.setdefault((op, name), []).append(ratio)
                     cells.append(f"{name} {rows[-1]['tflops']:.0f} ({ratio:.2f}x)")
-            own = rows[-len(timers)]["tflops"]
+            own = rows[-len(timed)]["tflops"]
             mask = "causal" if is_causal else "full"
             print(f"| {op} | {head_dim} | {mask} | {seq_len} | {own:.0f} | {', '.join(cells)} |")
     for (op, name), values in ratios.items():
         mean = statistics.geometric_mean(values)
         print(f"{op} over {name}: {mean:.2f}x in the geometric mean, {min(values):.2f}x at least")
+    features = _bench_features.run(heads=HIDDEN // 128, repeats=REPEATS)
     if output is not None:
         cuda = _native.cuda_devices()
         report = {
@@ -171,5 +141,6 @@ def run(output: pathlib.Path | None) -> None:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "source_sha256": _native.kernel_sources_sha256(),
             "rows": rows,
+            "features": features,
         }
         output.write_text(json.dumps(report, indent=1) + "\n")

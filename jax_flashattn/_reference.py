@@ -111,7 +111,7 @@ def distances(spec: AttentionSpec, T: int, S: int, aux: Aux, dtype: DTypeLike) -
     """`|position of the query - position of the key|`, `[B or 1, T, S]`."""
     queries, keys = tokens(T, S, aux)
     # As floats: the sum with a huge offset overflows int32.
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     distance = _offsets(spec, queries, aux).astype(wide) - _pairs(queries, keys).astype(wide)
     return abs(distance).astype(dtype)
 
@@ -171,5 +171,8 @@ def attention(
     total = jnp.where(empty, 1, total)
     weights = (weights / total).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=accumulator)
+    out = out.reshape(B, T, N, v.shape[-1])
+    if "q_lengths" in aux or "cu_seqlens_q" in aux:
+        out = _zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0].astype(accumulator)
-    return out.reshape(B, T, N, v.shape[-1]).astype(v.dtype), lse.reshape(B, N, T)
+    return out.astype(v.dtype), lse.reshape(B, N, T)

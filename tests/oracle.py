@@ -1,16 +1,21 @@
-"""Inputs, the float64 reference and its low-precision twin, and the comparison with a kernel."""
+"""What attention is, written out in numpy: in float64, and as the low-precision twin.
+
+It shares no line with the package. Each operation rounds to one dtype, that of the inputs for the
+twin; matrix products and sums accumulate in float32 (float64 for the exact one).
+"""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashattn import _api, _reference, attention
+from jax_flashattn import attention, attention_varlen
 from tolerances import assert_close
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DIFFERENTIABLE_OPTIONS = ("alibi_slopes", "sinks")
 
 
 def make_inputs(seed: int, B: int, T: int, S: int, N: int, K: int, H: int, Hv: int, dtype: Any):
@@ -21,64 +26,184 @@ def make_inputs(seed: int, B: int, T: int, S: int, N: int, K: int, H: int, Hv: i
     return *(x.astype(dtype) for x in arrays), dlse
 
 
-@partial(jax.jit, static_argnames="spec")
-def _exact(spec, q, k, v, aux, dout, dlse):
-    (out, lse), vjp = jax.vjp(lambda *x: _reference.attention(spec, *x, aux), q, k, v)
-    return out, lse, *vjp((dout.astype(out.dtype), dlse.astype(lse.dtype)))
+class Tokens(NamedTuple):
+    """Where the tokens of one side stand: int64 `[B, length]`."""
+
+    position: np.ndarray  # in the sequence
+    sequence: np.ndarray  # its number, -1 for padding
 
 
-@partial(jax.jit, static_argnames="spec")
-def _twin(spec, q, k, v, aux, dout, dlse):
-    """The low-precision twin; its backward recomputes the weights from lse, as flash does."""
-    out, lse = _reference.attention(spec, q, k, v, aux, softmax_dtype=q.dtype)
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
-    dtype = q.dtype
-    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _tokens(B: int, length: int, lengths: Any, boundaries: Any) -> Tokens:
+    position = np.tile(np.arange(length), (B, 1))
+    if boundaries is None:
+        end = length if lengths is None else np.reshape(lengths, (-1, 1))
+        return Tokens(position, np.where(position < end, 0, -1))
+    sequence = np.full((B, length), -1)
+    for b, ends in enumerate(np.broadcast_to(boundaries, (B, np.shape(boundaries)[-1]))):
+        begin = 0
+        for number, end in enumerate(ends[1:]):
+            end = max(begin, min(int(end), length))
+            position[b, begin:end] -= begin
+            sequence[b, begin:end] = number
+            begin = end
+    return Tokens(position, sequence)
+
+
+def _lengths_of_sequences(tokens: Tokens, count: int) -> np.ndarray:
+    return np.stack([(tokens.sequence == i).sum(axis=1) for i in range(count)], axis=1)
+
+
+def _visible(
+    queries: Tokens,
+    keys: Tokens,
+    distance: np.ndarray,
+    is_causal: bool,
+    window: Any,
+    sink_tokens: int,
+    segment_ids: Any,
+) -> np.ndarray:
+    """Bool `[B, T, S]`; `distance` is the key's position minus the query's, offset counted."""
+    mask = queries.sequence[:, :, None] == keys.sequence[:, None, :]
+    mask &= (queries.sequence >= 0)[:, :, None]
+    if is_causal:
+        mask &= distance <= 0
+    left, right = window if isinstance(window, tuple) else (window, window)
+    near = np.ones_like(mask)
+    if left is not None:
+        near &= distance >= -left
+    if right is not None:
+        near &= distance <= right
+    mask &= near | (keys.position < sink_tokens)[:, None, :]
+    if segment_ids is not None:
+        of_q, of_kv = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        mask &= np.asarray(of_q)[..., :, None] == np.asarray(of_kv)[..., None, :]
+    return mask
+
+
+@partial(np.errstate, all="ignore")()
+def results(
+    dtype: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    dlse: Any,
+    *,
+    scale: Any = None,
+    is_causal: bool = False,
+    query_offset: Any = None,
+    local_window_size: Any = None,
+    sink_tokens: int = 0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    logits_soft_cap: Any = None,
+    segment_ids: Any = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    deterministic: bool = False,
+    implementation: Any = None,
+) -> list[np.ndarray]:
+    """`[out, lse, dq, dk, dv]` and the gradients `[B, N]` of slopes and sinks that are given."""
+    wide = np.float64 if dtype == np.float64 else np.float32
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    q, k, v, dout, dlse = (np.asarray(x).astype(dtype) for x in (q, k, v, dout, dlse))
+    dot = lambda *x: np.einsum(x[0], *(y.astype(wide) for y in x[1:]), optimize=True).astype(dtype)
+    total = lambda x, axis: x.astype(wide).sum(axis=axis).astype(dtype)
     rows = lambda x: x.reshape(B, T, K, N // K, -1)
     scalars = lambda x: x.reshape(B, K, N // K, T, 1)
-    mask = _reference.visible(spec, T, S, aux)[:, None, None]
-    scale = jnp.asarray(spec.scale, dtype)
+    heads = lambda x: np.broadcast_to(x, (B, N)).reshape(B, K, N // K, 1, 1).astype(dtype)
 
-    logits = dot("btkgh,bskh->bkgts", rows(q), k).astype(dtype) * scale
-    finite_lse = scalars(jnp.where(jnp.isfinite(lse), lse, 0))
-    weights = jnp.exp(logits.astype(jnp.float32) - finite_lse)
-    weights = jnp.where(mask, weights, 0).astype(dtype)
-    dweights = dot("btkgd,bskd->bkgts", rows(dout), v).astype(dtype)
-    delta = jnp.sum(dout * out, axis=-1).swapaxes(1, 2) - dlse.astype(dtype)
-    dlogits = weights * (dweights - scalars(delta)) * scale
-    dq = dot("bkgts,bskh->btkgh", dlogits, k).reshape(q.shape)
-    dk = dot("bkgts,btkgh->bskh", dlogits, rows(q))
-    dv = dot("bkgts,btkgd->bskd", weights, rows(dout))
-    return out, lse, *(x.astype(dtype) for x in (dq, dk, dv))
+    if cu_seqlens_kv is None:
+        cu_seqlens_kv = cu_seqlens_q
+    queries = _tokens(B, T, query_seq_lengths, cu_seqlens_q)
+    keys = _tokens(B, S, key_value_seq_lengths, cu_seqlens_kv)
+    count = 1 if cu_seqlens_q is None else np.shape(cu_seqlens_q)[-1] - 1
+    if isinstance(query_offset, str):
+        offset = _lengths_of_sequences(keys, count) - _lengths_of_sequences(queries, count)
+    else:
+        offset = np.asarray(0 if query_offset is None else query_offset, np.int64)
+        if cu_seqlens_q is None:
+            offset = offset.reshape(-1, 1)
+        offset = np.broadcast_to(offset, (B, count))
+    offset = np.take_along_axis(offset, np.maximum(queries.sequence, 0), axis=1)
+    distance = keys.position[:, None, :] - (queries.position + offset)[:, :, None]
+    mask = _visible(
+        queries, keys, distance, is_causal, local_window_size, sink_tokens, segment_ids
+    )[:, None, None]
+    distance = abs(distance)[:, None, None].astype(dtype)
+
+    scale = np.asarray(1 / np.sqrt(H) if scale is None else scale, wide).astype(dtype)
+    x = dot("btkgh,bskh->bkgts", rows(q), k) * scale
+    slope = np.full_like(x, scale)
+    if logits_soft_cap is not None:
+        cap = np.asarray(logits_soft_cap, dtype)
+        tanh = np.tanh(x / cap)
+        x, slope = cap * tanh, slope * (1 - tanh * tanh).astype(dtype)
+    if alibi_slopes is not None:
+        x = x - heads(alibi_slopes) * distance
+    x = np.where(mask, x, np.asarray(-np.inf, dtype))
+    sink = np.full((1, 1, 1, 1, 1), -np.inf, dtype)
+    if sinks is not None:
+        exists = (queries.sequence >= 0)[:, None, None, :, None]
+        sink = np.where(exists, heads(sinks), sink)
+    top = np.maximum(x.max(axis=-1, keepdims=True), sink)
+    top = np.where(top == -np.inf, np.asarray(0, dtype), top)
+    weights = np.exp(x - top)
+    denominator = total(weights, -1)[..., None] + np.exp(sink - top)
+    empty = denominator == 0
+    denominator = np.where(empty, np.asarray(1, dtype), denominator)
+    out = dot("bkgts,bskd->btkgd", weights / denominator, v).reshape(B, T, N, -1)
+    lse = np.where(empty, np.asarray(-np.inf, dtype), top + np.log(denominator))
+
+    # Backward recomputes the weights from lse, as the kernels do.
+    finite = np.where(np.isinf(lse), np.asarray(0, dtype), lse)
+    weights = np.where(mask, np.exp(x.astype(wide) - finite.astype(wide)), 0).astype(dtype)
+    delta = total(dout * out, -1).swapaxes(1, 2) - dlse
+    dx = weights * (dot("btkgd,bskd->bkgts", rows(dout), v) - scalars(delta))
+    dscores = dx * slope
+    found = [out, lse.reshape(B, N, T).astype(wide)]
+    found += [dot("bkgts,bskh->btkgh", dscores, k).reshape(q.shape)]
+    found += [dot("bkgts,btkgh->bskh", dscores, rows(q))]
+    found += [dot("bkgts,btkgd->bskd", weights, rows(dout))]
+    if alibi_slopes is not None:
+        found += [-total(np.where(mask, dx * distance, 0), (3, 4)).reshape(B, N)]
+    if sinks is not None:
+        of_sink = np.where(np.isinf(lse), np.asarray(0, dtype), np.exp(sink - finite))
+        found += [-total(of_sink * scalars(delta), (3, 4)).reshape(B, N)]
+    return found
 
 
-def references(q, k, v, dout, dlse, **options):
-    """`(out, lse, dq, dk, dv)` in float64, and by the low-precision twin."""
-    # On the CPU, where float64 compiles quickly, also when the kernel runs on a GPU.
-    with jax.default_device(jax.devices("cpu")[0]):
-        return _references(q, k, v, dout, dlse, options)
-
-
-def _references(q, k, v, dout, dlse, options):
-    call = _api.prepare(q, k, v, **options)
-    dout = dout.reshape(-1, *dout.shape[-3:])
-    dlse = dlse.reshape(-1, *dlse.shape[-2:])
-    twin = _twin(*call, dout, dlse)
-    with jax.enable_x64(True):
-        wide = [x.astype(jnp.float64) for x in (call.q, call.k, call.v)]
-        exact = _exact(call.spec, *wide, call.aux, dout, dlse)
-    return exact, twin
+def references(*inputs, **options):
+    """`results` in float64, and by the low-precision twin."""
+    return results(np.float64, *inputs, **options), results(
+        inputs[0].dtype, *inputs, **options
+    )
 
 
 @partial(jax.jit, static_argnames="options")
-def _run(q, k, v, dout, dlse, arrays, options):
-    f = lambda q, k, v: attention(q, k, v, return_lse=True, **dict(options), **arrays)
-    (out, lse), vjp = jax.vjp(f, q, k, v)
-    return out, lse, *vjp((dout, dlse))
+def run(q, k, v, dout, dlse, arrays, options):
+    """The same by the package."""
+    wrt = {x: arrays[x] for x in DIFFERENTIABLE_OPTIONS if x in arrays}
+    function = attention_varlen if "cu_seqlens_q" in arrays else attention
+
+    def f(q, k, v, wrt):
+        return function(q, k, v, return_lse=True, **dict(options), **{**arrays, **wrt})
+
+    (out, lse), vjp = jax.vjp(f, q, k, v, wrt)
+    *gradients, of_aux = vjp((dout, dlse))
+    return out, lse, *gradients, *(of_aux[name] for name in wrt)
+
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, tuple):
+        return any(map(_is_array, x))
+    return isinstance(x, (jax.Array, np.ndarray))
 
 
 def check(q, k, v, dout, dlse, *, poison=None, **options) -> None:
-    """Compares our kernels, forward and backward, with the references.
+    """Compares the package, forward and backward, with the references.
 
     Args:
       q: queries; k, v, dout, dlse likewise.
@@ -86,15 +211,17 @@ def check(q, k, v, dout, dlse, *, poison=None, **options) -> None:
       v: values.
       dout: cotangent of the output.
       dlse: cotangent of the log-sum-exp.
-      poison: maps (q, k, v, dout) to what the kernel gets instead, such as NaN in the padding.
-      **options: arguments of `attention`.
+      poison: maps (q, k, v, dout) to what the package gets instead, such as NaN in the padding.
+      **options: arguments of `attention`, or of `attention_varlen` if `cu_seqlens_q` is there.
     """
-    arrays = {k: x for k, x in options.items() if isinstance(x, (jax.Array, np.ndarray))}
+    arrays = {k: x for k, x in options.items() if _is_array(x)}
     static = tuple((k, x) for k, x in options.items() if k not in arrays)
     exact, twin = references(q, k, v, dout, dlse, **options)
     given = (q, k, v, dout) if poison is None else poison(q, k, v, dout)
-    got = _run(*given, dlse, arrays, static)
-    names = ("out", "lse", "dq", "dk", "dv")
+    got = run(*given, dlse, arrays, static)
+    names = ("out", "lse", "dq", "dk", "dv", *(x for x in DIFFERENTIABLE_OPTIONS if x in arrays))
     for name, x, reference, low in zip(names, got, exact, twin, strict=True):
-        assert x.dtype == (jnp.float32 if name == "lse" else q.dtype)
+        assert x.dtype == (q.dtype if name in ("out", "dq", "dk", "dv") else jnp.float32), name
+        if x.shape != reference.shape:  # shared by the batch
+            reference, low = (y.astype(np.float64).sum(axis=0) for y in (reference, low))
         assert_close(x, reference, low, dtype=q.dtype, what=name)

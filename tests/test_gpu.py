@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import draws
 import oracle
-from jax_flashattn import UnsupportedError, _native, attention
+from jax_flashattn import UnsupportedError, _native, attention, attention_varlen
 from test_attention import poison_padding
 
 pytestmark = pytest.mark.gpu
@@ -85,22 +86,24 @@ def test_scale(scale):
         oracle.check(q, k, v, dout, dlse, scale=scale)
 
 
-@pytest.mark.parametrize("seed", range(60))
+# Every draw may need kernels of its own, so a size has one dtype.
+SIZES = [
+    ((2, 130, 130, 4, 2, 64, 64), jnp.bfloat16),
+    ((1, 513, 513, 4, 4, 128, 128), jnp.bfloat16),
+    ((2, 257, 65, 3, 1, 96, 80), jnp.float16),
+    ((2, 65, 300, 4, 4, 256, 256), jnp.bfloat16),
+    ((3, 1, 400, 8, 1, 64, 64), jnp.bfloat16),
+    ((1, 700, 700, 2, 1, 192, 128), jnp.float16),
+]
+
+
+@pytest.mark.parametrize("seed", range(600))
 def test_any_combination(seed):
     rng = np.random.default_rng(seed)
-    pick = lambda *x: x[rng.integers(len(x))]
-    T, S = pick((130, 130), (1, 513), (257, 65), (65, 300))
-    N, K = pick((4, 4), (4, 2), (3, 1))
-    H, Hv = pick((64, 64), (128, 128), (96, 80), (256, 256), (32, 32))
-    lengths = lambda n: rng.integers(0, n + 1, 2).astype(np.int32) if rng.random() < 0.5 else None
-    oracle.check(
-        *oracle.make_inputs(seed, 2, T, S, N, K, H, Hv, pick(*DTYPES)),
-        is_causal=bool(pick(False, True)),
-        query_offset=pick(0, "end", rng.integers(-80, 300, 2).astype(np.int32)),
-        query_seq_lengths=lengths(T),
-        key_value_seq_lengths=lengths(S),
-        deterministic=bool(pick(False, True)),
-    )
+    choose = lambda choices: choices[rng.integers(len(choices))]
+    size, dtype = choose(SIZES)
+    inputs, options = draws.draw(choose, sizes=[size], dtypes=[dtype])
+    oracle.check(*inputs, poison=draws.poison(options, choose([np.nan, np.inf])), **options)
 
 
 def test_rows_that_see_nothing():
@@ -114,9 +117,9 @@ def test_rows_that_see_nothing():
 def test_deterministic_is_bitwise_repeatable(H):
     inputs = oracle.make_inputs(11, 2, 1000, 1000, 6, 2, H, H, jnp.bfloat16)
     options = (("is_causal", True), ("deterministic", True))
-    first = oracle._run(*inputs, {}, options)
+    first = oracle.run(*inputs, {}, options)
     for _ in range(5):
-        for x, y in zip(first, oracle._run(*inputs, {}, options), strict=True):
+        for x, y in zip(first, oracle.run(*inputs, {}, options), strict=True):
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
@@ -184,15 +187,48 @@ def test_captured_into_a_cuda_graph(tmp_path, run_python):
 
 
 def test_no_compile_for_new_values():
-    """Lengths, offsets and scales are run-time values: none compiles a kernel."""
-    call = lambda T, S, offset, scale: attention(
-        *oracle.make_inputs(0, 1, T, S, 2, 1, 64, 64, jnp.bfloat16)[:3],
-        is_causal=True,
-        query_offset=offset,
-        scale=scale,
-    )
-    call(10, 20, 0, 0.1)
+    """What is a run-time value compiles no kernel, whatever it changes to."""
+    rng = np.random.default_rng(0)
+
+    def call(T, S, window, sink_tokens, cap, offset, scale):
+        q, k, v, _, _ = oracle.make_inputs(0, 2, T, S, 2, 1, 64, 64, jnp.bfloat16)
+        loss = lambda q, slopes, sinks: jnp.sum(
+            attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                local_window_size=window,
+                sink_tokens=sink_tokens,
+                logits_soft_cap=cap,
+                query_offset=offset,
+                scale=scale,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                key_value_seq_lengths=rng.integers(0, S, 2),
+                segment_ids=(rng.integers(0, 3, (2, T)), rng.integers(0, 3, (2, S))),
+            ).astype(jnp.float32)
+        )
+        slopes, sinks = (jnp.asarray(rng.random(2), jnp.float32) for _ in range(2))
+        jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1, 2)))(q, slopes, sinks))
+
+    call(10, 20, (5, 0), 1, 10.0, 0, 0.1)
     before = _native.jit_stats()["compiles"]
-    for T, S, offset, scale in ((11, 20, 0, 0.1), (300, 700, 5, 0.2), (1, 1, -3, 7.0)):
-        call(T, S, offset, scale)
+    for values in (
+        (10, 20, (7, 0), 1, 10.0, 0, 0.1),
+        (10, 20, (5, 0), 0, 20.0, 0, 0.1),
+        (300, 700, (64, 0), 3, 30.0, 5, 0.1),
+        (1, 1, (0, 0), 0, 1.0, np.array([-3, 9]), 7.0),
+    ):
+        call(*values)
+    assert _native.jit_stats()["compiles"] == before
+
+
+def test_no_compile_for_new_boundaries():
+    q, k, v, _, _ = (x[0] for x in oracle.make_inputs(0, 1, 500, 500, 2, 1, 64, 64, jnp.bfloat16))
+    f = jax.jit(lambda ends: attention_varlen(q, k, v, cu_seqlens_q=ends, is_causal=True))
+    f(jnp.array([0, 100, 500]))
+    before = _native.jit_stats()["compiles"]
+    f(jnp.array([0, 499, 499]))
+    f(jnp.array([0, 1, 2, 3, 444]))
     assert _native.jit_stats()["compiles"] == before

@@ -2,7 +2,8 @@
 //
 // Memory is BTNH throughout: q and out [batch, q_len, num_heads, head_dim(_v)], k and v
 // [batch, kv_len, num_kv_heads, head_dim(_v)], lse [batch, num_heads, q_len], all contiguous.
-// Nothing here knows of XLA or Python: handlers.cc fills these structs from FFI buffers.
+// Packed, an element of the batch is a row of sequences one behind the other, and q_len and kv_len
+// are its tokens. Nothing here knows of XLA or Python: handlers.cc fills these structs.
 #ifndef JAX_FLASHATTN_CC_CPU_ATTENTION_H_
 #define JAX_FLASHATTN_CC_CPU_ATTENTION_H_
 
@@ -13,7 +14,13 @@ namespace jfa::cpu {
 
 enum class DType { kF32, kBF16, kF16 };
 
-// What is attended to: sizes, masks and scale. Pointers that are null mean "not given".
+// What is attended to: sizes, logits and masks. Pointers that are null mean "not given".
+//
+// With the position i of a query and j of a key counted from the start of their sequence:
+//   logit = cap(scale q.k) - slope |i + offset - j|,   cap(x) = soft_cap tanh(x / soft_cap)
+//   j is visible if  j <= i + offset  where causal,
+//     and  i + offset - window_left <= j <= i + offset + window_right  or  j < sink_tokens,
+//     and the segments of i and j are equal.
 struct Problem {
   DType dtype;
   int64_t batch;
@@ -24,11 +31,24 @@ struct Problem {
   int64_t head_dim;      // H
   int64_t head_dim_v;    // Hv
   float scale;           // > 0: the maximum is taken before scaling
+  float soft_cap;        // 0: none
   bool is_causal;
-  int64_t query_offset;          // position of query 0 where query_offsets is null
-  const int32_t* query_offsets;  // [batch]
-  const int32_t* q_lengths;      // [batch], clamped to [0, q_len]
-  const int32_t* kv_lengths;     // [batch], clamped to [0, kv_len]
+  int64_t query_offset;   // where query_offsets is null
+  int64_t window_left;    // -1: open; far below the range of int64, so that sums do not overflow
+  int64_t window_right;   // likewise
+  int64_t sink_tokens;    // matter only with a window
+  int64_t num_sequences;  // of each batch element, if packed
+  const int32_t* query_offsets;   // [batch], packed [batch, num_sequences]
+  const int32_t* q_lengths;       // [batch], clamped to [0, q_len]; not if packed
+  const int32_t* kv_lengths;      // [batch], clamped to [0, kv_len]; not if packed
+  const int32_t* q_segment_ids;   // [batch, q_len]; not if packed
+  const int32_t* kv_segment_ids;  // [batch, kv_len]; together with q_segment_ids
+  const float* alibi_slopes;      // [batch, num_heads]
+  const float* sinks;             // [batch, num_heads], logits without a value; forward only
+  // [batch, num_sequences + 1], both or none. Sequence s has the tokens from [s] to [s + 1]. Values
+  // are clamped to the tokens there are and to those before them. Other tokens get zero results.
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_kv;
 };
 
 struct FwdArgs {
@@ -37,7 +57,7 @@ struct FwdArgs {
   const void* k;
   const void* v;
   void* out;
-  float* lse;  // natural log; -inf where a row sees nothing
+  float* lse;  // natural log, sinks included; -inf where a row sees nothing at all
 };
 
 struct BwdArgs {
@@ -52,7 +72,8 @@ struct BwdArgs {
   void* dq;
   void* dk;
   void* dv;
-  float* dq_accum;  // scratch of BwdScratchFloats floats, uninitialised, any alignment of 4
+  float* dslopes_rows;  // [batch, num_heads, q_len]: what each row adds to its head's dslope
+  float* scratch;       // of BwdScratchFloats floats, uninitialised, any alignment of 4
 };
 
 // Runs body(worker, task) for every task in [0, num_tasks); returns when all are done.
@@ -69,9 +90,10 @@ class Executor {
 bool Forward(const FwdArgs& args, Executor& executor);
 bool Backward(const BwdArgs& args, Executor& executor);
 
-// Number of floats that BwdArgs::dq_accum must hold. Depends on shapes only.
+// Number of floats that BwdArgs::scratch must hold. Depends on shapes only; num_sequences is 0
+// unless packed.
 int64_t BwdScratchFloats(int64_t batch, int64_t q_len, int64_t num_heads, int64_t num_kv_heads,
-                         int64_t head_dim);
+                         int64_t head_dim, int64_t num_sequences);
 
 // "avx512", "avx2" or "baseline": what runs on this machine. JFA_CPU_ISA may lower it (tests).
 const char* Isa();

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <queue>
 #include <vector>
 
 #include "attention.h"
@@ -62,55 +64,146 @@ class Scratch {
   std::vector<std::unique_ptr<float, Free>> blocks_;
 };
 
-// How much a task of query rows costs, to start the long ones first: only order matters.
-int64_t LastPosition(const Problem& p, const Task& task) {
-  if (task.end - task.begin >= p.q_len) return p.q_len;
-  const int64_t last = (task.end - 1) % p.q_len;
-  return last < task.begin % p.q_len ? p.q_len : last;
+int64_t GroupSize(const Problem& p) { return p.num_heads / p.num_kv_heads; }
+
+// The sequences of all batch elements, which together own every token once. Tokens that belong to
+// no packed sequence are padding of two more, before the first and behind the last.
+std::vector<Sequence> MakeSequences(const Problem& p) {
+  std::vector<Sequence> sequences;
+  int64_t row_tiles = 0;
+  const auto add = [&](Sequence seq) {
+    seq.num_row_tiles = CeilDiv(GroupSize(p) * seq.q_size, kRowTile);
+    seq.row_tiles_before = row_tiles;
+    row_tiles += seq.num_row_tiles;
+    sequences.push_back(seq);
+  };
+  const auto offset = [&p](int64_t i) {
+    return p.query_offsets ? p.query_offsets[i] : p.query_offset;
+  };
+  for (int64_t b = 0; b < p.batch; ++b) {
+    Sequence seq{};
+    seq.batch = b;
+    if (!p.cu_seqlens_q) {
+      seq.q_size = p.q_len;
+      seq.kv_size = p.kv_len;
+      seq.q_len = p.q_lengths ? Clamp(p.q_lengths[b], 0, p.q_len) : p.q_len;
+      seq.kv_len = p.kv_lengths ? Clamp(p.kv_lengths[b], 0, p.kv_len) : p.kv_len;
+      seq.offset = offset(b);
+      if (p.q_segment_ids) {
+        seq.q_ids = p.q_segment_ids + b * p.q_len;
+        seq.kv_ids = p.kv_segment_ids + b * p.kv_len;
+      }
+      add(seq);
+      continue;
+    }
+    const int64_t n = p.num_sequences;
+    const int32_t* q_ends = p.cu_seqlens_q + b * (n + 1);
+    const int32_t* kv_ends = p.cu_seqlens_kv + b * (n + 1);
+    for (int64_t s = -1; s <= n; ++s) {
+      const bool owned = s >= 0 && s < n;
+      seq.q_begin += seq.q_size;
+      seq.kv_begin += seq.kv_size;
+      seq.q_size = (s < n ? Clamp(q_ends[s + 1], seq.q_begin, p.q_len) : p.q_len) - seq.q_begin;
+      seq.kv_size =
+          (s < n ? Clamp(kv_ends[s + 1], seq.kv_begin, p.kv_len) : p.kv_len) - seq.kv_begin;
+      seq.q_len = owned ? seq.q_size : 0;
+      seq.kv_len = owned ? seq.kv_size : 0;
+      seq.offset = owned ? offset(b * n + s) : 0;
+      add(seq);
+    }
+  }
+  return sequences;
 }
 
-// All (batch, key head), each with [0, size) in pieces of `step`.
-std::vector<Task> MakeTasks(const Problem& p, int64_t size, int64_t step) {
+// The costs leave segments out: they decide on order only.
+int64_t RowsCost(const Problem& p, const Sequence& seq, int64_t begin, int64_t end) {
+  int64_t cost = 0;
+  for (int64_t row = begin; row < end; row += kRowTile) {
+    const int64_t rows = std::min<int64_t>(kRowTile, end - row);
+    const KeyRange keys = VisibleKeys(p, seq, (row + rows - 1) % seq.q_size);
+    cost += rows * (keys.hi - keys.lo + keys.sink_hi);
+  }
+  return cost;
+}
+
+int64_t KeysCost(const Problem& p, const Sequence& seq, int64_t begin, int64_t end) {
+  return (end - begin) * CountRowsThatSee(p, seq, begin + (end - begin) / 2);
+}
+
+void LongestFirst(std::vector<Task>* tasks) {
+  std::stable_sort(tasks->begin(), tasks->end(),
+                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
+}
+
+enum class Axis { kRows, kKeys };
+
+// All (sequence, key head), each with its rows or keys in pieces of `step`.
+std::vector<Task> MakeTasks(const Problem& p, const std::vector<Sequence>& sequences, Axis axis,
+                            int64_t step) {
   std::vector<Task> tasks;
-  tasks.reserve(p.batch * p.num_kv_heads * CeilDiv(size, step));
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (const Sequence& seq : sequences) {
+    const int64_t size = axis == Axis::kRows ? GroupSize(p) * seq.q_size : seq.kv_size;
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
       for (int64_t begin = 0; begin < size; begin += step) {
-        tasks.push_back({b, head, begin, std::min(begin + step, size)});
+        const int64_t end = std::min(begin + step, size);
+        const auto cost = axis == Axis::kRows ? RowsCost : KeysCost;
+        tasks.push_back({&seq, head, begin, end, cost(p, seq, begin, end)});
       }
     }
   }
+  LongestFirst(&tasks);
   return tasks;
 }
 
-void LongestRowsFirst(const Problem& p, std::vector<Task>* tasks) {
-  if (!p.is_causal) return;
-  std::stable_sort(tasks->begin(), tasks->end(), [&p](const Task& a, const Task& b) {
-    return LastPosition(p, a) > LastPosition(p, b);
-  });
+// All (sequence, key head), each whole.
+std::vector<Task> MakeHeadTasks(const Problem& p, const std::vector<Sequence>& sequences) {
+  std::vector<Task> tasks;
+  for (const Sequence& seq : sequences) {
+    if (seq.q_size == 0 && seq.kv_size == 0) continue;
+    const int64_t cost = RowsCost(p, seq, 0, GroupSize(p) * seq.q_size);
+    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      tasks.push_back({&seq, head, 0, 0, cost});
+    }
+  }
+  LongestFirst(&tasks);
+  return tasks;
 }
-
-int64_t GroupRows(const Problem& p) { return p.num_heads / p.num_kv_heads * p.q_len; }
 
 // Row tiles that share each converted key block: as many as leave every worker several tasks and
 // keep Q and O of all tiles within half of a typical L2. Eight were 3% faster than four.
-int RowTilesPerTask(const Problem& p, int workers) {
+int RowTilesPerTask(const Problem& p, const std::vector<Sequence>& sequences, int workers) {
   constexpr int64_t kMaxTiles = 8, kTasksPerWorker = 4, kL2Share = 512 * 1024;
   const int64_t tile_bytes = kRowTile * (p.head_dim + p.head_dim_v) * sizeof(float);
-  const int64_t tiles = CeilDiv(GroupRows(p), kRowTile);
-  int64_t n = std::min({kMaxTiles, kL2Share / tile_bytes, tiles});
-  while (n > 1 && p.batch * p.num_kv_heads * CeilDiv(tiles, n) < kTasksPerWorker * workers) --n;
-  return static_cast<int>(std::max<int64_t>(n, 1));
+  const auto num_tasks = [&](int64_t tiles_per_task) {
+    int64_t tasks = 0;
+    for (const Sequence& seq : sequences) tasks += CeilDiv(seq.num_row_tiles, tiles_per_task);
+    return p.num_kv_heads * tasks;
+  };
+  int64_t n = 1;
+  for (const Sequence& seq : sequences) n = std::max(n, seq.num_row_tiles);
+  n = std::max<int64_t>(1, std::min({kMaxTiles, kL2Share / tile_bytes, n}));
+  while (n > 1 && num_tasks(n) < kTasksPerWorker * workers) --n;
+  return static_cast<int>(n);
 }
-
-int64_t SavedFloatsPerTile(int64_t head_dim) { return kRowTile * (2 + head_dim); }
 
 // Whether whole heads as tasks keep the workers busy. Going by rows and by keys instead costs
 // seven products for five.
-bool EnoughHeads(const Problem& p, int workers) {
-  const int64_t tasks = p.batch * p.num_kv_heads;
-  return 7 * tasks >= 5 * CeilDiv(tasks, workers) * workers;
+bool KeepBusy(const std::vector<Task>& head_tasks, int workers) {
+  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> busy_until;
+  for (int i = 0; i < workers; ++i) busy_until.push(0);
+  int64_t total = 0, all_done = 0;
+  for (const Task& task : head_tasks) {
+    const int64_t done = busy_until.top() + task.cost;
+    busy_until.pop();
+    busy_until.push(done);
+    total += task.cost;
+    all_done = std::max(all_done, done);
+  }
+  return 7 * total >= 5 * all_done * workers;
 }
+
+constexpr int64_t kAlignment = 64;  // of what is saved
+static_assert(sizeof(RowSpan) == kAlignment, "all of the spans are whole cache lines");
 
 }  // namespace
 
@@ -118,9 +211,10 @@ bool Forward(const FwdArgs& args, Executor& executor) {
   const Problem& p = args.problem;
   const Kernels& kernels = Isas();
   const int workers = executor.num_workers();
-  const int row_tiles = RowTilesPerTask(p, workers);
-  std::vector<Task> tasks = MakeTasks(p, GroupRows(p), int64_t{row_tiles} * kRowTile);
-  LongestRowsFirst(p, &tasks);
+  const std::vector<Sequence> sequences = MakeSequences(p);
+  const int row_tiles = RowTilesPerTask(p, sequences, workers);
+  const std::vector<Task> tasks =
+      MakeTasks(p, sequences, Axis::kRows, int64_t{row_tiles} * kRowTile);
   if (tasks.empty()) return true;
   Scratch scratch;
   if (!scratch.Allocate(workers, kernels.forward_scratch_floats(p, row_tiles))) return false;
@@ -136,35 +230,37 @@ bool Backward(const BwdArgs& args, Executor& executor) {
   const int workers = executor.num_workers();
   Scratch scratch;
   if (!scratch.Allocate(workers, kernels.backward_scratch_floats(p))) return false;
-  BwdArgs aligned = args;
-  aligned.dq_accum =
-      reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(args.dq_accum) + 63) / 64 * 64);
+  const std::vector<Sequence> sequences = MakeSequences(p);
+  int64_t row_tiles = 0;
+  for (const Sequence& seq : sequences) row_tiles += p.num_kv_heads * seq.num_row_tiles;
+  const uintptr_t aligned =
+      CeilDiv(reinterpret_cast<uintptr_t>(args.scratch), kAlignment) * kAlignment;
+  RowSpan* const spans = reinterpret_cast<RowSpan*>(aligned);
+  const SavedTiles saved = {spans, reinterpret_cast<float*>(spans + row_tiles)};
   const auto run = [&](BwdPass pass, const std::vector<Task>& tasks) {
     if (tasks.empty()) return;
     executor.ParallelFor(tasks.size(), [&](int worker, int64_t task) {
-      kernels.backward(aligned, pass, tasks[task], scratch[worker]);
+      kernels.backward(args, saved, pass, tasks[task], scratch[worker]);
     });
   };
-  if (EnoughHeads(p, workers)) {
-    run(BwdPass::kAll, MakeTasks(p, 1, 1));
+  const std::vector<Task> head_tasks = MakeHeadTasks(p, sequences);
+  if (KeepBusy(head_tasks, workers)) {
+    run(BwdPass::kAll, head_tasks);
     return true;
   }
-  std::vector<Task> rows = MakeTasks(p, GroupRows(p), kRowTile);
-  LongestRowsFirst(p, &rows);
-  run(BwdPass::kDQ, rows);
-  // Early keys are seen by most rows, and come first within a head already.
-  std::vector<Task> keys = MakeTasks(p, p.kv_len, kernels.backward_key_block(p, BwdPass::kDKV));
-  std::stable_sort(keys.begin(), keys.end(),
-                   [](const Task& a, const Task& b) { return a.begin < b.begin; });
-  run(BwdPass::kDKV, keys);
+  run(BwdPass::kDQ, MakeTasks(p, sequences, Axis::kRows, kRowTile));
+  const int key_block = kernels.backward_key_block(p, BwdPass::kDKV);
+  run(BwdPass::kDKV, MakeTasks(p, sequences, Axis::kKeys, key_block));
   return true;
 }
 
 int64_t BwdScratchFloats(int64_t batch, int64_t q_len, int64_t num_heads, int64_t num_kv_heads,
-                         int64_t head_dim) {
-  const int64_t row_tiles = CeilDiv(num_heads / num_kv_heads * q_len, kRowTile);
-  constexpr int64_t kAlignment = 16;
-  return batch * num_kv_heads * row_tiles * SavedFloatsPerTile(head_dim) + kAlignment;
+                         int64_t head_dim, int64_t num_sequences) {
+  // Each packed sequence, and the padding on either side, may begin a tile that it does not fill.
+  const int64_t partial_tiles = num_sequences > 0 ? num_sequences + 2 : 0;
+  const int64_t row_tiles = CeilDiv(num_heads / num_kv_heads * q_len, kRowTile) + partial_tiles;
+  const int64_t floats_per_tile = sizeof(RowSpan) / sizeof(float) + SavedFloatsPerTile(head_dim);
+  return batch * num_kv_heads * row_tiles * floats_per_tile + kAlignment / sizeof(float);
 }
 
 const char* Isa() { return Isas().name; }

@@ -1,4 +1,5 @@
-// Forward of one task: up to a few row tiles of one (batch, key head), over all keys they see.
+// Forward of one task: up to a few row tiles of one (sequence, key head), over the keys they
+// see.
 //
 // Everything is transposed, so that a query row is a vector lane and the softmax, which runs down
 // the keys, needs no operation across lanes:
@@ -10,12 +11,15 @@
 // K and V keep their layout; each block is converted to f32 once for all row tiles of the task.
 // The scale comes after the maximum is subtracted: folding it into Q, or into one FMA with the
 // maximum, would save 1 of 14 instructions an element and round logits of 100 and more visibly.
+// A soft cap or ALiBi turns scores into logits in a pass of its own; the softmax' scale is 1 then.
 #ifndef JAX_FLASHATTN_CC_CPU_FORWARD_H_
 #define JAX_FLASHATTN_CC_CPU_FORWARD_H_
 
 #include "isa.h"
+#include "logits.h"
 #include "mask.h"
 #include "microkernel.h"
+#include "row_tile.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -49,21 +53,33 @@ static size_t ForwardScratchFloats(const Problem& p, int row_tiles) {
   return static_cast<size_t>(kKeyBlock) * lds + row_tiles * FwdTileFloats(p);
 }
 
+static void ApplyLogitRule(const LogitRule& rule, const RowTile& rows, const SeenKeys& keys,
+                           float* s) {
+  for (int lane = 0; lane < rows.num_lanes; lane += kWidth) {
+    const Vec slope = Load(rows.slope + lane), position = Load(rows.position + lane);
+    for (int j = 0; j < keys.num_keys; ++j) {
+      float* sj = s + j * rows.num_lanes + lane;
+      const float key = static_cast<float>(keys.begin + j);
+      Store(sj, ToLogit(rule, Load(sj), slope, position, key).value);
+    }
+  }
+}
+
 // Turns scores into probabilities for C vectors of lanes; returns whether a maximum rose.
-template <int C, bool kMasked>
-static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, int64_t key, int num_keys,
+template <int C, Test kTest>
+static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, const SeenKeys& keys,
                            float* s) {
   const int ld = tile->rows.num_lanes;
   Vec old_max[C], new_max[C];
 #pragma GCC unroll 4
   for (int v = 0; v < C; ++v) new_max[v] = old_max[v] = Load(tile->max + lane + v * kWidth);
-  for (int j = 0; j < num_keys; ++j) {
+  for (int j = 0; j < keys.num_keys; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) {
       float* sj = s + j * ld + lane + v * kWidth;
       Vec x = Load(sj);
-      if (kMasked) {
-        const IVec visible = Visible(tile->rows, lane + v * kWidth, static_cast<int32_t>(key + j));
+      if (kTest != Test::kNone) {
+        const IVec visible = Visible<kTest>(tile->rows, lane + v * kWidth, keys, j);
         x = Select(visible, x, Broadcast(-kInf));
         Store(sj, x);
       }
@@ -82,7 +98,7 @@ static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, int64_t ke
     sum[v] = Load(tile->sum + lane + v * kWidth) * alpha;
     rose |= AnyGreater(new_max[v], old_max[v]);
   }
-  for (int j = 0; j < num_keys; ++j) {
+  for (int j = 0; j < keys.num_keys; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) {
       float* sj = s + j * ld + lane + v * kWidth;
@@ -96,30 +112,44 @@ static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, int64_t ke
   return rose;
 }
 
-template <bool kMasked>
-static bool Softmax(FwdTile* tile, float scale_log2, int64_t key, int num_keys, float* s) {
+template <Test kTest>
+static bool Softmax(FwdTile* tile, float scale_log2, const SeenKeys& keys, float* s) {
   constexpr int kCols = kWidth == 4 ? 2 : 4;
   bool rose = false;
   int lane = 0;
   for (; lane + kCols * kWidth <= tile->rows.num_lanes; lane += kCols * kWidth) {
-    rose |= SoftmaxColumns<kCols, kMasked>(tile, scale_log2, lane, key, num_keys, s);
+    rose |= SoftmaxColumns<kCols, kTest>(tile, scale_log2, lane, keys, s);
   }
   for (; lane < tile->rows.num_lanes; lane += kWidth) {
-    rose |= SoftmaxColumns<1, kMasked>(tile, scale_log2, lane, key, num_keys, s);
+    rose |= SoftmaxColumns<1, kTest>(tile, scale_log2, lane, keys, s);
   }
   return rose;
 }
 
-static inline void ForwardBlock(const Problem& p, FwdTile* tile, int64_t key, int num_keys,
+static bool SoftmaxOfSeen(FwdTile* tile, float scale_log2, const SeenKeys& keys, float* s) {
+  switch (keys.test) {
+    case Test::kNone:
+      return Softmax<Test::kNone>(tile, scale_log2, keys, s);
+    case Test::kRange:
+      return Softmax<Test::kRange>(tile, scale_log2, keys, s);
+    case Test::kRangeAndSegment:
+      return Softmax<Test::kRangeAndSegment>(tile, scale_log2, keys, s);
+  }
+  __builtin_unreachable();
+}
+
+// What the softmax still has to multiply scores by.
+static float SoftmaxScale(const Problem& p) { return HasPlainLogits(p) ? p.scale : 1.0f; }
+
+// k and v: from the first of `keys` on.
+static inline void ForwardBlock(const Problem& p, FwdTile* tile, const SeenKeys& keys,
                                 const float* k, const float* v, float* s) {
   const int lanes = tile->rows.num_lanes;
   const int vecs = lanes / kWidth;
   const int h = static_cast<int>(p.head_dim), hv = static_cast<int>(p.head_dim_v);
-  Gemm<kAlongK>(num_keys, vecs, h, k, LeadingDim(h), tile->q, lanes, s, lanes, false);
-  const float scale_log2 = p.scale * kLog2E;
-  const bool rose = tile->rows.IsFull(key, key + num_keys)
-                        ? Softmax<false>(tile, scale_log2, key, num_keys, s)
-                        : Softmax<true>(tile, scale_log2, key, num_keys, s);
+  Gemm<kAlongK>(keys.num_keys, vecs, h, k, LeadingDim(h), tile->q, lanes, s, lanes, false);
+  if (!HasPlainLogits(p)) ApplyLogitRule(MakeLogitRule(p), tile->rows, keys, s);
+  const bool rose = SoftmaxOfSeen(tile, SoftmaxScale(p) * kLog2E, keys, s);
   if (rose && tile->started) {
     for (int l = 0; l < lanes; l += kWidth) {
       const Vec alpha = Load(tile->alpha + l);
@@ -129,17 +159,51 @@ static inline void ForwardBlock(const Problem& p, FwdTile* tile, int64_t key, in
       }
     }
   }
-  Gemm<kAlongM>(hv, vecs, num_keys, v, LeadingDim(hv), s, lanes, tile->o, lanes, tile->started);
+  Gemm<kAlongM>(hv, vecs, keys.num_keys, v, LeadingDim(hv), s, lanes, tile->o, lanes,
+                tile->started);
   tile->started = true;
+}
+
+// Output and LSE of a row tile.
+template <class T>
+static void StoreResults(const FwdArgs& args, const FwdTile& tile) {
+  const Problem& p = args.problem;
+  const RowTile& rows = tile.rows;
+  const int hv = static_cast<int>(p.head_dim_v);
+  T* out[kRowTile];
+  float factors[kRowTile];
+  for (int i = 0; i < rows.num_lanes; ++i) {
+    out[i] = nullptr;
+    factors[i] = 0;
+    if (i >= rows.num_rows) continue;
+    T* dst = static_cast<T*>(args.out) + rows.btn[i] * hv;
+    const float sink = p.sinks && rows.exists[i] ? p.sinks[rows.head[i]] : -kInf;
+    // Not for rows without a visible key: O^T may hold anything there.
+    if (!rows.IsLive(i) || tile.sum[i] == 0) {
+      args.lse[rows.bnt[i]] = sink;
+      ZeroRows(dst, 0, 1, hv);
+      continue;
+    }
+    float base = tile.max[i] * SoftmaxScale(p), weight = 1, sum = tile.sum[i];
+    if (sink > -kInf) {
+      const float max = base;
+      base = Max(max, sink);
+      weight = __builtin_expf(max - base);
+      sum = sum * weight + __builtin_expf(sink - base);
+    }
+    args.lse[rows.bnt[i]] = base + __builtin_logf(sum);
+    factors[i] = weight / sum;
+    out[i] = dst;
+  }
+  StoreTransposed(tile.o, rows.num_lanes, hv, factors, out);
 }
 
 template <class T>
 static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
   const Problem& p = args.problem;
-  const Mask mask = MakeMask(p, task.batch);
+  const Sequence& seq = *task.sequence;
   const int h = static_cast<int>(p.head_dim), hv = static_cast<int>(p.head_dim_v);
   const int ldk = LeadingDim(h), ldv = LeadingDim(hv);
-  const int64_t first_head = task.kv_head * (p.num_heads / p.num_kv_heads);
 
   float* k = scratch;
   float* v = k + kKeyBlock * ldk;
@@ -150,70 +214,47 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
   };
 
   int num_tiles = 0;
-  int64_t lo = p.kv_len, hi = 0;
+  int64_t first = seq.kv_len, last = 0;
   for (int64_t row = task.begin; row < task.end; row += kRowTile, ++num_tiles) {
     FwdTile* tile = tile_at(num_tiles);
-    MakeRowTile(p, mask, row, task.end, &tile->rows);
+    RowTile& rows = tile->rows;
+    MakeRowTile(p, seq, task.kv_head, row, task.end, &rows);
     tile->q = reinterpret_cast<float*>(tile) + RoundUp(sizeof(FwdTile), 64) / sizeof(float);
-    tile->o = tile->q + h * tile->rows.num_lanes;
+    tile->o = tile->q + h * rows.num_lanes;
     tile->started = false;
     const T* q[kRowTile];
-    for (int i = 0; i < tile->rows.num_lanes; ++i) {
-      const int64_t position = task.batch * p.q_len + tile->rows.t[i];
-      const int64_t head = first_head + tile->rows.head[i];
-      q[i] = tile->rows.IsLive(i)
-                 ? static_cast<const T*>(args.q) + (position * p.num_heads + head) * h
-                 : nullptr;
+    for (int i = 0; i < rows.num_lanes; ++i) {
+      q[i] = rows.IsLive(i) ? static_cast<const T*>(args.q) + rows.btn[i] * h : nullptr;
       tile->max[i] = -kInf;
       tile->sum[i] = 0;
     }
-    LoadTransposed(q, tile->rows.num_lanes, h, tile->q);
-    lo = Min(lo, tile->rows.range_lo);
-    hi = Max(hi, tile->rows.range_hi);
+    LoadTransposed(q, rows.num_lanes, h, tile->q);
+    first = Min(first, rows.span.First());
+    last = Max(last, rows.span.hi);
   }
 
   const int64_t k_stride = p.num_kv_heads * h, v_stride = p.num_kv_heads * hv;
-  const T* k_head =
-      static_cast<const T*>(args.k) + task.batch * p.kv_len * k_stride + task.kv_head * h;
-  const T* v_head =
-      static_cast<const T*>(args.v) + task.batch * p.kv_len * v_stride + task.kv_head * hv;
-  for (int64_t key = lo; key < hi; key += kKeyBlock) {
-    const int num_keys = static_cast<int>(Min<int64_t>(kKeyBlock, hi - key));
-    LoadRows(k_head + key * k_stride, k_stride, num_keys, h, k, ldk);
-    LoadRows(v_head + key * v_stride, v_stride, num_keys, hv, v, ldv);
+  const int64_t kv_row = (seq.batch * p.kv_len + seq.kv_begin) * p.num_kv_heads + task.kv_head;
+  const T* k_head = static_cast<const T*>(args.k) + kv_row * h;
+  const T* v_head = static_cast<const T*>(args.v) + kv_row * hv;
+  for (int64_t key = first; key < last; key += kKeyBlock) {
+    const KeyBlock block = MakeKeyBlock(seq, key, Min(key + kKeyBlock, last));
+    bool loaded = false;
     for (int i = 0; i < num_tiles; ++i) {
       FwdTile* tile = tile_at(i);
-      const int64_t seen = Min<int64_t>(num_keys, tile->rows.range_hi - key);
-      if (seen <= 0 || key + num_keys <= tile->rows.range_lo) continue;
-      ForwardBlock(p, tile, key, static_cast<int>(seen), k, v, s);
-    }
-  }
-
-  for (int i = 0; i < num_tiles; ++i) {
-    FwdTile* tile = tile_at(i);
-    const RowTile& rows = tile->rows;
-    T* out[kRowTile];
-    float factors[kRowTile];
-    for (int l = 0; l < rows.num_lanes; ++l) {
-      out[l] = nullptr;
-      factors[l] = 0;
-      if (l >= rows.num_rows) continue;
-      const int64_t head = first_head + rows.head[l];
-      T* dst = static_cast<T*>(args.out) +
-               ((task.batch * p.q_len + rows.t[l]) * p.num_heads + head) * hv;
-      float* lse = args.lse + (task.batch * p.num_heads + head) * p.q_len + rows.t[l];
-      // Not for rows without a visible key: O^T may hold anything there.
-      const bool live = rows.IsLive(l) && tile->sum[l] != 0;
-      *lse = live ? tile->max[l] * p.scale + __builtin_logf(tile->sum[l]) : -kInf;
-      if (live) {
-        factors[l] = 1 / tile->sum[l];
-        out[l] = dst;
-      } else {
-        ZeroRows(dst, 0, 1, hv);
+      const SeenKeys keys = See(seq, tile->rows.span, block);
+      if (keys.num_keys == 0) continue;
+      if (!loaded) {
+        const int count = static_cast<int>(block.end - key);
+        LoadRows(k_head + key * k_stride, k_stride, count, h, k, ldk);
+        LoadRows(v_head + key * v_stride, v_stride, count, hv, v, ldv);
+        loaded = true;
       }
+      const int64_t skipped = keys.begin - key;
+      ForwardBlock(p, tile, keys, k + skipped * ldk, v + skipped * ldv, s);
     }
-    StoreTransposed(tile->o, rows.num_lanes, hv, factors, out);
   }
+  for (int i = 0; i < num_tiles; ++i) StoreResults<T>(args, *tile_at(i));
 }
 
 }  // namespace jfa::cpu::JFA_ISA_NAMESPACE

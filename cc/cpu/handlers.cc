@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -66,6 +68,35 @@ class PoolExecutor final : public Executor {
   ffi::ThreadPool pool_;
 };
 
+// Bits of attribute `aux`: AUX_NAMES of _spec.py.
+enum AuxBit : int64_t {
+  kQueryOffset = 1 << 0,
+  kQLengths = 1 << 1,
+  kKvLengths = 1 << 2,
+  kQSegmentIds = 1 << 3,
+  kKvSegmentIds = 1 << 4,
+  kAlibiSlopes = 1 << 5,
+  kSinks = 1 << 6,
+  kCuSeqlensQ = 1 << 7,
+  kCuSeqlensKv = 1 << 8,
+  kAllAux = (1 << 9) - 1,
+};
+
+// In the order of the handlers' attributes.
+struct Attributes {
+  float scale;
+  float soft_cap;  // 0: none
+  bool is_causal;
+  int64_t query_offset;
+  int64_t window_left;  // -1: open
+  int64_t window_right;
+  int64_t sink_tokens;
+  int64_t aux;
+  bool has_dlse = false;  // backward only
+
+  bool Has(AuxBit bit) const { return (aux & bit) != 0; }
+};
+
 std::string Join(const std::vector<int64_t>& dims) {
   std::string text = "[";
   for (size_t i = 0; i < dims.size(); ++i) {
@@ -121,46 +152,54 @@ class Checker {
   std::string message_;
 };
 
-// Which optional operands follow, in AUX_NAMES' order of _spec.py.
-struct Attributes {
-  float scale;
-  bool is_causal;
-  int64_t query_offset;
-  bool has_query_offset;
-  bool has_q_lengths;
-  bool has_kv_lengths;
-};
-
-// Operands one after the other; asking for one too many is an error, and so is one left over.
-class Operands {
+// Operands or results, one after the other; asking for one too many is an error, and so is one left
+// over.
+template <class Remaining>
+class Buffers {
  public:
-  Operands(ffi::RemainingArgs args, Checker& check) : args_(args), check_(check) {}
+  Buffers(const Remaining& buffers, const char* kind, Checker& check)
+      : buffers_(buffers), kind_(kind), check_(check) {}
 
-  const ffi::AnyBuffer* Next(std::string_view name) {
-    auto buffer = next_ < args_.size() ? args_.get<ffi::AnyBuffer>(next_)
-                                       : ffi::Unexpected(ffi::Error::InvalidArgument("missing"));
-    ++next_;
-    if (buffer.has_error()) {
-      check_.Fail("operand " + std::string(name) + " is missing");
-      return nullptr;
-    }
-    held_.push_back(std::make_unique<ffi::AnyBuffer>(*buffer));
-    return held_.back().get();
+  // Null if there is none.
+  const ffi::AnyBuffer* Next(std::string_view name) { return At(next_++, name); }
+  const ffi::AnyBuffer* Last(std::string_view name) { return At(buffers_.size() - 1, name); }
+
+  // The memory of the next one, null unless it is as expected.
+  void* Take(std::string_view name, ffi::DataType dtype, const std::vector<int64_t>& dims) {
+    const ffi::AnyBuffer* x = Next(name);
+    if (x != nullptr) check_.Expect(*x, name, dtype, dims);
+    return check_.ok() ? x->untyped_data() : nullptr;
   }
 
   void ExpectEnd() {
-    if (next_ < args_.size()) {
-      check_.Fail("expected " + std::to_string(next_) + " operands, got " +
-                  std::to_string(args_.size()));
+    if (next_ < buffers_.size()) {
+      check_.Fail("expected " + std::to_string(next_) + " " + kind_ + "s, got " +
+                  std::to_string(buffers_.size()));
     }
   }
 
  private:
-  ffi::RemainingArgs args_;
+  static const ffi::AnyBuffer& Unwrap(const ffi::AnyBuffer& x) { return x; }
+  static const ffi::AnyBuffer& Unwrap(const ffi::Result<ffi::AnyBuffer>& x) { return *x; }
+
+  const ffi::AnyBuffer* At(size_t i, std::string_view name) {
+    if (i < buffers_.size()) {
+      auto buffer = buffers_.template get<ffi::AnyBuffer>(i);
+      if (buffer.has_value()) return &held_.emplace_back(Unwrap(*buffer));
+    }
+    check_.Fail(std::string(kind_) + " " + std::string(name) + " is missing");
+    return nullptr;
+  }
+
+  Remaining buffers_;
+  const char* kind_;
   Checker& check_;
   size_t next_ = 0;
-  std::vector<std::unique_ptr<ffi::AnyBuffer>> held_;
+  std::deque<ffi::AnyBuffer> held_;
 };
+
+using Operands = Buffers<ffi::RemainingArgs>;
+using Results = Buffers<ffi::RemainingRets>;
 
 std::vector<int64_t> QDims(const Problem& p) { return {p.batch, p.q_len, p.num_heads, p.head_dim}; }
 std::vector<int64_t> KDims(const Problem& p) {
@@ -174,12 +213,49 @@ std::vector<int64_t> OutDims(const Problem& p) {
 }
 std::vector<int64_t> LseDims(const Problem& p) { return {p.batch, p.num_heads, p.q_len}; }
 
+void CheckAttributes(const Attributes& a, Checker& check) {
+  const auto expect = [&check](bool ok, const char* name, const char* expected, auto value) {
+    if (ok) return;
+    check.Fail(std::string("attribute ") + name + " must be " + expected + ", got " +
+               std::to_string(value));
+  };
+  expect(a.scale > 0 && std::isfinite(a.scale), "scale", "positive and finite", a.scale);
+  expect(a.soft_cap >= 0 && std::isfinite(a.soft_cap), "soft_cap", "0 or positive and finite",
+         a.soft_cap);
+  expect(a.window_left >= -1, "window_left", "at least -1", a.window_left);
+  expect(a.window_right >= -1, "window_right", "at least -1", a.window_right);
+  expect(a.sink_tokens >= 0, "sink_tokens", "at least 0", a.sink_tokens);
+  expect((a.aux & ~int64_t{kAllAux}) == 0, "aux", "a set of 9 bits", a.aux);
+  expect(a.Has(kQSegmentIds) == a.Has(kKvSegmentIds), "aux",
+         "with segment ids of both sides or of none", a.aux);
+  expect(a.Has(kCuSeqlensQ) == a.Has(kCuSeqlensKv), "aux",
+         "with cu_seqlens of both sides or of none", a.aux);
+  expect(!a.Has(kCuSeqlensQ) || (a.aux & (kQLengths | kKvLengths | kQSegmentIds)) == 0, "aux",
+         "without lengths and segment ids if packed", a.aux);
+}
+
+DType ReadDType(const ffi::AnyBuffer& q, Checker& check) {
+  switch (q.element_type()) {
+    case ffi::F32:
+      return DType::kF32;
+    case ffi::BF16:
+      return DType::kBF16;
+    case ffi::F16:
+      return DType::kF16;
+    default:
+      check.Fail("q must be float32, bfloat16 or float16, got " + DTypeName(q.element_type()));
+      return DType::kF32;
+  }
+}
+
 // Sizes and dtype from q, k, v, all three checked against each other.
 Problem ReadProblem(const Attributes& attrs, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
                     const ffi::AnyBuffer& v, Checker& check) {
   Problem p{};
+  CheckAttributes(attrs, check);
   if (!check.Rank(q, "q", 4) || !check.Rank(k, "k", 4) || !check.Rank(v, "v", 4)) return p;
   const auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions();
+  p.dtype = ReadDType(q, check);
   p.batch = qd[0];
   p.q_len = qd[1];
   p.num_heads = qd[2];
@@ -187,47 +263,60 @@ Problem ReadProblem(const Attributes& attrs, const ffi::AnyBuffer& q, const ffi:
   p.kv_len = kd[1];
   p.num_kv_heads = kd[2];
   p.head_dim_v = vd[3];
-  switch (q.element_type()) {
-    case ffi::F32:
-      p.dtype = DType::kF32;
-      break;
-    case ffi::BF16:
-      p.dtype = DType::kBF16;
-      break;
-    case ffi::F16:
-      p.dtype = DType::kF16;
-      break;
-    default:
-      check.Fail("q must be float32, bfloat16 or float16, got " + DTypeName(q.element_type()));
-  }
   if (p.num_heads < 1 || p.num_kv_heads < 1 || p.head_dim < 1 || p.head_dim_v < 1) {
     check.Fail("heads and head dims must be at least 1, got q " + Join(QDims(p)) + ", v " +
                Join(VDims(p)));
   } else if (p.num_heads % p.num_kv_heads != 0) {
     check.Fail("the heads of q must be a multiple of the heads of k, got " +
                std::to_string(p.num_heads) + " and " + std::to_string(p.num_kv_heads));
+  } else if (p.q_len > INT32_MAX || p.kv_len > INT32_MAX) {
+    check.Fail("lengths must be below 2^31, got q " + Join(QDims(p)) + ", k " + Join(KDims(p)));
   }
   check.Expect(k, "k", q.element_type(), KDims(p));
   check.Expect(v, "v", q.element_type(), VDims(p));
-  if (!(attrs.scale > 0)) check.Fail("scale must be positive, got " + std::to_string(attrs.scale));
+  // Far beyond every position, so that it changes nothing, and sums of two do not overflow.
+  constexpr int64_t kFar = int64_t{1} << 40;
   p.scale = attrs.scale;
+  p.soft_cap = attrs.soft_cap;
   p.is_causal = attrs.is_causal;
-  p.query_offset = attrs.query_offset;
+  p.query_offset = std::clamp(attrs.query_offset, -kFar, kFar);
+  p.window_left = std::min(attrs.window_left, 2 * kFar);
+  p.window_right = std::min(attrs.window_right, 2 * kFar);
+  p.sink_tokens = attrs.sink_tokens;
   return p;
 }
 
 void ReadOptional(const Attributes& attrs, Operands& operands, Checker& check, Problem& p) {
-  const auto read = [&](bool given, const char* name, const int32_t*& pointer) {
-    if (!given) return;
-    const ffi::AnyBuffer* x = operands.Next(name);
-    if (x == nullptr) return;
-    check.Expect(*x, name, ffi::S32, {p.batch});
-    pointer = static_cast<const int32_t*>(x->untyped_data());
+  const bool packed = attrs.Has(kCuSeqlensQ);
+  if (packed) {
+    // How many sequences there are only the boundaries tell, and they come last.
+    const ffi::AnyBuffer* ends = operands.Last("cu_seqlens_kv");
+    if (ends == nullptr || !check.Rank(*ends, "cu_seqlens_kv", 2)) return;
+    p.num_sequences = ends->dimensions()[1] - 1;
+    if (p.num_sequences < 1) {
+      check.Fail("cu_seqlens_kv must be of at least 1 sequence, got " +
+                 std::to_string(p.num_sequences + 1) + " boundaries");
+    }
+  }
+  const auto ints = [&](AuxBit bit, const char* name, const std::vector<int64_t>& dims) {
+    return attrs.Has(bit) ? static_cast<const int32_t*>(operands.Take(name, ffi::S32, dims))
+                          : nullptr;
   };
-  read(attrs.has_query_offset, "query_offset", p.query_offsets);
-  read(attrs.has_q_lengths, "q_lengths", p.q_lengths);
-  read(attrs.has_kv_lengths, "kv_lengths", p.kv_lengths);
-  operands.ExpectEnd();
+  const auto floats = [&](AuxBit bit, const char* name, const std::vector<int64_t>& dims) {
+    return attrs.Has(bit) ? static_cast<const float*>(operands.Take(name, ffi::F32, dims))
+                          : nullptr;
+  };
+  const int64_t B = p.batch, N = p.num_heads, n = p.num_sequences;
+  p.query_offsets =
+      packed ? ints(kQueryOffset, "query_offset", {B, n}) : ints(kQueryOffset, "query_offset", {B});
+  p.q_lengths = ints(kQLengths, "q_lengths", {B});
+  p.kv_lengths = ints(kKvLengths, "kv_lengths", {B});
+  p.q_segment_ids = ints(kQSegmentIds, "q_segment_ids", {B, p.q_len});
+  p.kv_segment_ids = ints(kKvSegmentIds, "kv_segment_ids", {B, p.kv_len});
+  p.alibi_slopes = floats(kAlibiSlopes, "alibi_slopes", {B, N});
+  p.sinks = floats(kSinks, "sinks", {B, N});
+  p.cu_seqlens_q = ints(kCuSeqlensQ, "cu_seqlens_q", {B, n + 1});
+  p.cu_seqlens_kv = ints(kCuSeqlensKv, "cu_seqlens_kv", {B, n + 1});
 }
 
 ffi::Error OutOfMemory() {
@@ -235,104 +324,105 @@ ffi::Error OutOfMemory() {
                     "jax_flashattn: no memory for the kernels' tiles");
 }
 
-ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out,
-               ffi::Result<ffi::AnyBuffer> lse, float scale, bool is_causal, int64_t query_offset,
-               bool has_query_offset, bool has_q_lengths, bool has_kv_lengths) {
-  const Attributes attrs{scale,         is_causal,     query_offset, has_query_offset,
-                         has_q_lengths, has_kv_lengths};
+ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               const Attributes& attrs) {
   Checker check;
-  Operands operands(args, check);
+  Operands operands(args, "operand", check);
+  Results results(rets, "result", check);
   const auto *q = operands.Next("q"), *k = operands.Next("k"), *v = operands.Next("v");
   if (!check.ok()) return check.error();
-  Problem p = ReadProblem(attrs, *q, *k, *v, check);
+  FwdArgs call{};
+  Problem& p = call.problem;
+  p = ReadProblem(attrs, *q, *k, *v, check);
+  if (!check.ok()) return check.error();
+  const ffi::DataType dtype = q->element_type();
+  call.q = q->untyped_data();
+  call.k = k->untyped_data();
+  call.v = v->untyped_data();
   ReadOptional(attrs, operands, check, p);
-  check.Expect(*out, "out", q->element_type(), OutDims(p));
-  check.Expect(*lse, "lse", ffi::F32, LseDims(p));
+  call.out = results.Take("out", dtype, OutDims(p));
+  call.lse = static_cast<float*>(results.Take("lse", ffi::F32, LseDims(p)));
+  operands.ExpectEnd();
+  results.ExpectEnd();
   if (!check.ok()) return check.error();
 
   PoolExecutor executor(pool);
-  const FwdArgs call{p,
-                     q->untyped_data(),
-                     k->untyped_data(),
-                     v->untyped_data(),
-                     out->untyped_data(),
-                     lse->typed_data<float>()};
   return Forward(call, executor) ? ffi::Error::Success() : OutOfMemory();
 }
 
-ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> dq,
-               ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
-               ffi::Result<ffi::AnyBuffer> scratch, float scale, bool is_causal,
-               int64_t query_offset, bool has_query_offset, bool has_q_lengths, bool has_kv_lengths,
-               bool has_dlse) {
-  const Attributes attrs{scale,         is_causal,     query_offset, has_query_offset,
-                         has_q_lengths, has_kv_lengths};
+ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               const Attributes& attrs) {
   Checker check;
-  Operands operands(args, check);
-  const auto *q = operands.Next("q"), *k = operands.Next("k"), *v = operands.Next("v"),
-             *out = operands.Next("out"), *lse = operands.Next("lse"),
-             *dout = operands.Next("dout"), *dlse = has_dlse ? operands.Next("dlse") : nullptr;
+  Operands operands(args, "operand", check);
+  Results results(rets, "result", check);
+  const auto *q = operands.Next("q"), *k = operands.Next("k"), *v = operands.Next("v");
   if (!check.ok()) return check.error();
-  Problem p = ReadProblem(attrs, *q, *k, *v, check);
-  ReadOptional(attrs, operands, check, p);
+  BwdArgs call{};
+  Problem& p = call.problem;
+  p = ReadProblem(attrs, *q, *k, *v, check);
+  if (attrs.Has(kSinks)) check.Fail("attribute aux must be without sinks in backward");
+  if (!check.ok()) return check.error();
   const ffi::DataType dtype = q->element_type();
-  check.Expect(*out, "out", dtype, OutDims(p));
-  check.Expect(*lse, "lse", ffi::F32, LseDims(p));
-  check.Expect(*dout, "dout", dtype, OutDims(p));
-  if (dlse != nullptr) check.Expect(*dlse, "dlse", ffi::F32, LseDims(p));
-  check.Expect(*dq, "dq", dtype, QDims(p));
-  check.Expect(*dk, "dk", dtype, KDims(p));
-  check.Expect(*dv, "dv", dtype, VDims(p));
-  if (!check.ok()) return check.error();
-  check.Expect(*scratch, "scratch", ffi::F32,
-               {p.batch, BwdScratchFloats(1, p.q_len, p.num_heads, p.num_kv_heads, p.head_dim)});
+  call.q = q->untyped_data();
+  call.k = k->untyped_data();
+  call.v = v->untyped_data();
+  call.out = operands.Take("out", dtype, OutDims(p));
+  call.lse = static_cast<const float*>(operands.Take("lse", ffi::F32, LseDims(p)));
+  call.dout = operands.Take("dout", dtype, OutDims(p));
+  if (attrs.has_dlse) {
+    call.dlse = static_cast<const float*>(operands.Take("dlse", ffi::F32, LseDims(p)));
+  }
+  ReadOptional(attrs, operands, check, p);
+  call.dq = results.Take("dq", dtype, QDims(p));
+  call.dk = results.Take("dk", dtype, KDims(p));
+  call.dv = results.Take("dv", dtype, VDims(p));
+  if (attrs.Has(kAlibiSlopes)) {
+    call.dslopes_rows = static_cast<float*>(results.Take("dslopes_rows", ffi::F32, LseDims(p)));
+  }
+  if (!check.ok()) return check.error();  // before sizes go into arithmetic
+  const int64_t scratch_floats =
+      BwdScratchFloats(1, p.q_len, p.num_heads, p.num_kv_heads, p.head_dim, p.num_sequences);
+  call.scratch = static_cast<float*>(results.Take("scratch", ffi::F32, {p.batch, scratch_floats}));
+  operands.ExpectEnd();
+  results.ExpectEnd();
   if (!check.ok()) return check.error();
 
   PoolExecutor executor(pool);
-  const BwdArgs call{p,
-                     q->untyped_data(),
-                     k->untyped_data(),
-                     v->untyped_data(),
-                     out->untyped_data(),
-                     lse->typed_data<float>(),
-                     dout->untyped_data(),
-                     dlse != nullptr ? dlse->typed_data<float>() : nullptr,
-                     dq->untyped_data(),
-                     dk->untyped_data(),
-                     dv->untyped_data(),
-                     scratch->typed_data<float>()};
   return Backward(call, executor) ? ffi::Error::Success() : OutOfMemory();
+}
+
+// The handlers proper, by whose signature FFI decodes a call. A... are the types of Attributes'
+// members, in their order.
+using Run = ffi::Error(ffi::ThreadPool, ffi::RemainingArgs, ffi::RemainingRets, const Attributes&);
+
+template <Run* run, typename... A>
+ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  A... attrs) {
+  return run(pool, args, rets, Attributes{attrs...});
+}
+
+constexpr auto kFwd = Handle<Fwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
+constexpr auto kBwd =
+    Handle<Bwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+
+auto BindFwd() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<float>("scale")
+      .Attr<float>("soft_cap")
+      .Attr<bool>("is_causal")
+      .Attr<int64_t>("query_offset")
+      .Attr<int64_t>("window_left")
+      .Attr<int64_t>("window_right")
+      .Attr<int64_t>("sink_tokens")
+      .Attr<int64_t>("aux");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FwdExecute, Fwd,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()  // out
-                                  .Ret<ffi::AnyBuffer>()  // lse
-                                  .Attr<float>("scale")
-                                  .Attr<bool>("is_causal")
-                                  .Attr<int64_t>("query_offset")
-                                  .Attr<bool>("has_query_offset")
-                                  .Attr<bool>("has_q_lengths")
-                                  .Attr<bool>("has_kv_lengths"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BwdExecute, Bwd,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()  // dq
-                                  .Ret<ffi::AnyBuffer>()  // dk
-                                  .Ret<ffi::AnyBuffer>()  // dv
-                                  .Ret<ffi::AnyBuffer>()  // scratch
-                                  .Attr<float>("scale")
-                                  .Attr<bool>("is_causal")
-                                  .Attr<int64_t>("query_offset")
-                                  .Attr<bool>("has_query_offset")
-                                  .Attr<bool>("has_q_lengths")
-                                  .Attr<bool>("has_kv_lengths")
-                                  .Attr<bool>("has_dlse"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FwdExecute, kFwd, BindFwd());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BwdExecute, kBwd, BindFwd().Attr<bool>("has_dlse"));
 
 }  // namespace jfa::cpu

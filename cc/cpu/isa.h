@@ -1,5 +1,5 @@
 // What dispatch.cc and the per-ISA translation units share: tasks, and one table of functions per
-// ISA. Only plain data here, so that no code is compiled twice with different flags.
+// ISA. No code here that the linker could merge across translation units: see simd.h.
 #ifndef JAX_FLASHATTN_CC_CPU_ISA_H_
 #define JAX_FLASHATTN_CC_CPU_ISA_H_
 
@@ -7,22 +7,33 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "mask.h"
 
 namespace jfa::cpu {
 
-// Query rows of one (batch, key head) are numbered r = g * T + t over the G query heads that read
-// that key head, and cut into tiles of kRowTile. So the group shares each key block, and decoding
-// (T = 1) still has several rows.
+// Query rows of one (sequence, key head) are numbered r = g * q_size + t over the G query heads
+// that read that key head, and cut into tiles of kRowTile. So the group shares each key block, and
+// decoding (one token) still has several rows.
 constexpr int kRowTile = 64;
 
 struct Task {
-  int64_t batch;
+  const Sequence* sequence;
   int64_t kv_head;
   int64_t begin;  // rows (forward, and backward for dq) or keys (backward for dk, dv)
   int64_t end;
+  int64_t cost;  // visible pairs, roughly
 };
 
-// kAll: a task is a whole (batch, key head), five products per block. kDQ then kDKV: tasks are
+// What backward keeps of each row tile from visit to visit, numbered by sequence, then key head,
+// then tile: what its rows see, and SavedFloatsPerTile floats (see backward.h).
+struct SavedTiles {
+  RowSpan* spans;
+  float* floats;
+};
+
+static inline int64_t SavedFloatsPerTile(int64_t head_dim) { return kRowTile * (3 + head_dim); }
+
+// kAll: a task is a whole (sequence, key head), five products per block. kDQ then kDKV: tasks are
 // rows, then keys; seven products, but as many tasks as there are tiles.
 enum class BwdPass { kAll, kDQ, kDKV };
 
@@ -32,7 +43,8 @@ struct Kernels {
   void (*forward)(const FwdArgs& args, const Task& task, float* scratch);
   size_t (*backward_scratch_floats)(const Problem& problem);
   int (*backward_key_block)(const Problem& problem, BwdPass pass);
-  void (*backward)(const BwdArgs& args, BwdPass pass, const Task& task, float* scratch);
+  void (*backward)(const BwdArgs& args, const SavedTiles& saved, BwdPass pass, const Task& task,
+                   float* scratch);
 };
 
 namespace avx512 {

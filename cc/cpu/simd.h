@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "scalar.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -48,15 +50,6 @@ struct F16 {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInf = __builtin_inff();
 
-template <class A>
-JFA_INLINE A Min(A a, A b) {
-  return a < b ? a : b;
-}
-template <class A>
-JFA_INLINE A Max(A a, A b) {
-  return a > b ? a : b;
-}
-
 JFA_INLINE Vec Broadcast(float x) { return x - Vec{}; }
 JFA_INLINE IVec BroadcastI(int32_t x) { return x + IVec{}; }
 
@@ -73,6 +66,8 @@ JFA_INLINE IVec LoadI(const int32_t* p) {
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
+
+JFA_INLINE Vec Abs(Vec v) { return (Vec)((UVec)v & 0x7fffffffu); }
 
 JFA_INLINE Vec Select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
@@ -122,6 +117,23 @@ JFA_INLINE Vec Exp2(Vec x) {
   p = p * f + 1.0000000716546555f;
   const Vec y = p * (Vec)((IVec)shifted << 23);
   return Select(x < -126.0f, Vec{}, y);
+}
+
+// Error up to 2 ulp, NaN kept. Small arguments by a polynomial (Cephes' tanhf), since 1 - e would
+// lose there what Exp2 does not.
+JFA_INLINE Vec Tanh(Vec x) {
+  const Vec a = Abs(x);
+  const Vec z = x * x;
+  Vec p = Broadcast(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Vec small = p * z * x + x;
+  const Vec e = Exp2(a * (-2 * kLog2E));
+  const Vec large = (1 - e) / (1 + e);
+  const UVec sign = (UVec)x & 0x80000000u;
+  return Select(a < 0.625f, small, (Vec)((UVec)large | sign));
 }
 
 // ---- Conversions -------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Time of one call on the device, without what it costs to launch it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Timer = Callable[[], float]  # seconds of one call
+
+
+def _timer(program: Any, repeats: int, *args: Any) -> Timer:
+    compiled = jax.jit(program).lower(*args).compile()
+    for _ in range(2):
+        jax.block_until_ready(compiled(*args))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        return (time.perf_counter() - start) / repeats
+
+    return seconds
+
+
+def timers(
+    function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
+) -> dict[str, Timer]:
+    """Timers of forward ("fwd") and backward ("bwd") of one function.
+
+    Args:
+      function: of `inputs`; its result has the shape of the first of them.
+      inputs: what it is differentiated by.
+      repeats: calls in one timed program.
+    """
+    out, vjp = jax.vjp(function, *inputs)
+
+    # Each call takes the last one's result, or XLA would merge them.
+    def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
+        for _ in range(repeats):
+            q = function(q, *others)
+        return q
+
+    def backward(vjp: Any, dout: jax.Array) -> Any:
+        grads = (dout,)
+        for _ in range(repeats):
+            grads = vjp(grads[0])
+        return grads
+
+    return {
+        "fwd": _timer(forward, repeats, *inputs),
+        "bwd": _timer(backward, repeats, vjp, out),
+    }
