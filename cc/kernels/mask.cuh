@@ -140,8 +140,12 @@ struct KeyWalk {
                                int row0, int* smem) {
     KeyWalk walk;
     walk.band = mask.template KeyBlocks<kBlockN>(row0, row0 + kBlockM);
-    walk.sink_blocks = Min(mask.template SinkBlocks<kBlockN>(row0, row0 + kBlockM),
-                           walk.band.IsEmpty() ? kIntMax : walk.band.begin);
+    walk.sink_blocks = mask.template SinkBlocks<kBlockN>(row0, row0 + kBlockM);
+    if (!walk.band.IsEmpty()) {
+      // Without causality sink tokens may lie to the right of the window too.
+      walk.band.end = Max(walk.band.end, walk.sink_blocks);
+      walk.sink_blocks = Min(walk.sink_blocks, walk.band.begin);
+    }
     walk.keys = ids.keys;
     if constexpr (kSegments) {
       walk.own = ids.queries.template RangeOf<kBlockM>(row0 / kBlockM);
