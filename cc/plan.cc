@@ -9,6 +9,7 @@ namespace {
 constexpr int kRowPadding = 128;      // Sequence::kScratchTile
 constexpr int kPreprocessRows = 128;  // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;  // BwdPostprocess::kRows
+constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
@@ -196,7 +197,8 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
   // registers, as do other features at the largest head dim.
   const bool segments = variant.segments;
-  if (size <= 64) return {segments ? 128 : 192, 128, 2, !segments};
+  const bool searches = segments || variant.packed;
+  if (size <= 64) return {searches ? 128 : 192, 128, 2, !searches};
   if (size <= 128) return {128, segments ? 96 : 128, 2, false};
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
   return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
@@ -295,7 +297,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common) {
   const int smem =
       128 * (panels * tile.stages_q * tile.block_m +
              tile.stages * (panels + panels_v) * tile.block_n) +
-      8 * (2 * tile.stages_q + 4 * tile.stages);
+      8 * (2 * tile.stages_q + 4 * tile.stages) + kTileSlotBytes;
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);

@@ -11,11 +11,10 @@
 //             copies of Q, K and V. Each other warpgroup consumes: it owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
-//             fill what is left; with kPingPong they take turns at starting products (named
-//             barriers).
-// Tiles       CTAs stay, and take the next tile as soon as they are done (TileWalk): its Q and K
-// are
-//             copied while the last product and the stores of the one before are under way.
+//             fill what is left; with kPingPong they take turns at starting products.
+// Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
+//             product of a tile starts before the last one of the tile before, if there is room
+//             for two Q.
 // Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier.
 //             plan.cc computes the same sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
@@ -58,11 +57,8 @@ struct FwdSm90 {
   static constexpr int kOutBlocks = C::kHeadDimV / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
   // among sequences or segments a producer needs more than to walk over plain ones.
-  static constexpr int kProducerRegisters = kConsumers == 1   ? 56
-                                            : kConsumers == 3 ? (C::kSegments ? 56 : 32)
-                                            : C::kSegments    ? 56
-                                            : C::kPacked      ? 40
-                                                              : 24;
+  static constexpr bool kSearches = C::kPacked || C::kSegments;
+  static constexpr int kProducerRegisters = kSearches ? 56 : kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters =
       kConsumers == 1 ? 256 : (512 - kProducerRegisters) / kConsumers / 8 * 8;
 
@@ -82,7 +78,10 @@ struct FwdSm90 {
   static constexpr int kSmemK = C::kStagesQ * kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemBarriers = kSmemV + C::kStages * kBytesV;
-  static constexpr int kSmemBytes = kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages);
+  static constexpr int kTileSlots = 3, kSlotBytes = 256;
+  static constexpr int kSmemTiles =
+      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
+  static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
   enum Barrier {
     kFullQ = 0,
     kEmptyQ = kFullQ + C::kStagesQ,
@@ -90,6 +89,8 @@ struct FwdSm90 {
     kEmptyK = kFullK + C::kStages,
     kFullV = kEmptyK + C::kStages,
     kEmptyV = kFullV + C::kStages,
+    kFullTile = kEmptyV + C::kStages,
+    kEmptyTile = kFullTile + kTileSlots,
   };
   enum NamedBarrier { kTurn = 1, kGroup = kTurn + 3 };  // of each consumer warpgroup
 
@@ -101,6 +102,7 @@ struct FwdSm90 {
 
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
+  using RingTile = RingPosition<kTileSlots>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
@@ -117,38 +119,45 @@ struct FwdSm90 {
   };
 
   // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
-  // long and a short one, all equally long, which CTAs that stay can share evenly. Where tiles or
-  // pairs are alike, those of one key head follow each other, while the L2 has its keys.
+  // long and a short one, all equally long, which CTAs that stay can share evenly; middle tiles,
+  // where there is an odd number, come after all pairs. Where items are alike, those of one key head
+  // follow each other, while the L2 has its keys.
   struct TileWalk {
     const FwdSm90Params& params;
     int num_row_tiles, blocks_per_head;
-    uint32 count, item;
+    uint32 num_items, item;
     bool second = false;
 
     JFA_DEVICE explicit TileWalk(const FwdSm90Params& p)
         : params(p),
           num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
-          blocks_per_head(p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles),
-          count(static_cast<uint32>(blocks_per_head) * p.fwd.problem.batch *
-                p.fwd.problem.num_heads),
+          blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
+          num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
           item(blockIdx.x) {}
+
+    JFA_DEVICE uint32 NumHeads() const {
+      return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
+    }
 
     // False at the end. All lanes of a warp together.
     JFA_DEVICE bool Next(Tile* tile) {
       const ProblemParams& problem = params.fwd.problem;
-      while (item < count) {
+      while (item < num_items) {
+        const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
         const bool alike = kMask != MaskKind::kCausal || params.paired;
-        WorkItem work = ScheduleWork(
-            item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
-            static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-            alike ? 0 : C::kL2Bytes);
-        const bool last_first = kMask != MaskKind::kFull && !second;
-        if (params.paired && !second && 2 * work.block + 1 != num_row_tiles) {
-          second = true;
+        WorkItem work;
+        if (item < middles) {
+          work = ScheduleWork(
+              item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
+              static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+              alike ? 0 : C::kL2Bytes);
         } else {
-          second = false;
-          item += gridDim.x;
+          const int head = item - middles;
+          work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
         }
+        const bool last_first = kMask != MaskKind::kFull && !second;
+        second = params.paired && !second && item < middles;
+        if (!second) item += gridDim.x;
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
           continue;
         }
@@ -169,6 +178,34 @@ struct FwdSm90 {
     return Keys::template Of<kWarpSize>(mask, ids, tile.row0, nullptr);
   }
 
+  // A tile, and all that its scores go through. The producer makes it, and hands it to the
+  // consumers in shared memory.
+  struct Work {
+    Tile tile;  // row0 -1: there are no more
+    Mask mask;
+    Ids ids;
+    Keys keys;
+    LogitMap<C::kSoftcap, C::kAlibi> logits;
+
+    // By a whole warp, whose leader writes; part by part, to save registers.
+    JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
+      if (leader) tile = t;
+      const Mask new_mask(problem, t.sequence);
+      if (leader) mask = new_mask;
+      const Ids new_ids(problem, t.batch, t.kv_head);
+      if (leader) ids = new_ids;
+      const Keys new_keys = KeysOf(t, new_mask, new_ids);
+      if (leader) keys = new_keys;
+      __syncwarp();
+      if (leader) logits = {problem, t.sequence, t.batch, t.head};
+      __syncwarp();
+    }
+  };
+  static_assert(sizeof(Work) <= kSlotBytes, "a tile must fit in its slot");
+  static JFA_DEVICE Work* Slot(unsigned char* smem, int slot) {
+    return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
+  }
+
   // --- producer: one warp, of which one lane gives the orders ---------------------------------
 
   template <int kPanelCount, int kPanelBytes>
@@ -182,56 +219,72 @@ struct FwdSm90 {
     }
   }
 
-  static JFA_DEVICE void Produce(const FwdSm90Params& params, uint32 smem) {
+  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
+    const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
     TileWalk walk(params);
     Tile tile;
+    RingTile t;
     RingQ q;
     Ring k, v;
+    // Values are needed one block later than keys, so their copies are ordered one block later.
+    int row_v = -1, head_v = 0, batch_v = 0;
+    const auto load_values = [&] {
+      if (row_v < 0) return;
+      if (leader) {
+        MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
+        Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
+                                     Address(smem, kFullV, v.stage), row_v, head_v, batch_v,
+                                     kL2EvictLast);
+      }
+      v.Advance();
+      row_v = -1;
+    };
     while (walk.Next(&tile)) {
-      const Mask mask(problem, tile.sequence);
-      const Ids ids(problem, tile.batch, tile.kv_head);
-      const Keys keys = KeysOf(tile, mask, ids);
-      const auto load_q = [&] {
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-          Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
-                                      Address(smem, kFullQ, q.stage),
-                                      tile.sequence.q_begin + tile.row0, tile.head, tile.batch,
-                                      kL2EvictFirst);
-        }
-        q.Advance();
-      };
-      const auto load_v = [&](int block) {
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-          Load<kPanelsV, kPanelBytesN>(
-              &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-              tile.sequence.kv_begin + block * C::kBlockN, tile.kv_head, tile.batch, kL2EvictLast);
-        }
-        v.Advance();
-      };
-      // A single buffer of Q is the last to be free after the tile before. Values are needed one
-      // block later than keys.
-      int before = -1, block = keys.First();
-      if (C::kStagesQ > 1 && block >= 0) load_q();
-      for (; block >= 0; block = keys.Next(block)) {
+      Work* slot = Slot(smem_pointer, t.stage);
+      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      __syncwarp();
+      slot->Set(problem, tile, leader);
+      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
+      t.Advance();
+      // From here on the tile is read where it was written, to save registers.
+      bool is_first = true;
+      int block = slot->keys.First();
+      if (block < 0) load_values();  // the consumers first finish what they have
+      for (; block >= 0; block = slot->keys.Next(block)) {
+        const int row = slot->tile.sequence.kv_begin + block * C::kBlockN;
+        // A single buffer of Q is free only when all keys of the tile before have been used.
+        if (C::kStagesQ == 1 && is_first) load_values();
         if (leader) {
           MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-          Load<kPanels, kPanelBytesN>(
-              &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
-              tile.sequence.kv_begin + block * C::kBlockN, tile.kv_head, tile.batch, kL2EvictLast);
+          Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
+                                      Address(smem, kFullK, k.stage), row, slot->tile.kv_head,
+                                      slot->tile.batch, kL2EvictLast);
         }
         k.Advance();
-        if (before >= 0) {
-          load_v(before);
-        } else if (C::kStagesQ == 1) {
-          load_q();
+        if (is_first) {
+          if (leader) {
+            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
+            Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
+                                        Address(smem, kFullQ, q.stage),
+                                        slot->tile.sequence.q_begin + slot->tile.row0,
+                                        slot->tile.head, slot->tile.batch, kL2EvictFirst);
+          }
+          q.Advance();
+          is_first = false;
         }
-        before = block;
+        load_values();
+        row_v = row;
+        head_v = slot->tile.kv_head;
+        batch_v = slot->tile.batch;
       }
-      if (before >= 0) load_v(before);
+    }
+    load_values();
+    if (leader) {
+      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      Slot(smem_pointer, t.stage)->tile.row0 = -1;
+      MbarrierArrive(Address(smem, kFullTile, t.stage));
     }
   }
 
@@ -276,20 +329,18 @@ struct FwdSm90 {
   }
 
   // Scores to logits, -inf where a row doesn't see a key.
-  template <class Logits>
-  static JFA_DEVICE void MakeLogits(Scores& s, const Logits& logits, const Mask& mask,
-                                    const Ids& ids, const Keys& keys, const Tile& tile, int group,
-                                    int block) {
+  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, int group, int block) {
     const int key0 = block * C::kBlockN;
     // Warps count from the producer's on.
-    const int row0 = tile.row0 - kGroupRows;
-    if constexpr (!Logits::kPlain) Place::Apply(s, logits, row0, key0);
-    if (mask.template NeedsMask<kGroupRows, C::kBlockN>(tile.row0 + group * kGroupRows, key0)) {
-      Place::HideBand(s, mask, row0, key0);
+    const int row0 = work.tile.row0 - kGroupRows;
+    if constexpr (!decltype(work.logits)::kPlain) Place::Apply(s, work.logits, row0, key0);
+    if (work.mask.template NeedsMask<kGroupRows, C::kBlockN>(work.tile.row0 + group * kGroupRows,
+                                                             key0)) {
+      Place::HideBand(s, work.mask, row0, key0);
     }
     if constexpr (C::kSegments) {
-      if (!keys.keys.template RangeOf<C::kBlockN>(block).IsOneWith(keys.own)) {
-        Place::HideOtherSegments(s, ids, row0, key0);
+      if (!work.keys.keys.template RangeOf<C::kBlockN>(block).IsOneWith(work.keys.own)) {
+        Place::HideOtherSegments(s, work.ids, row0, key0);
       }
     }
   }
@@ -315,14 +366,21 @@ struct FwdSm90 {
   }
 
   // Padding may hold NaN, which a weight of zero doesn't silence. TMA zeroes what lies beyond the
-  // array, this what lies beyond a sequence's length. Every consumer warpgroup does it for itself:
-  // that needs no barrier between them, and writing a zero twice does no harm.
-  static JFA_DEVICE void ClearValuesFrom(uint32 smem_v, int row, int group) {
+  // array, this what lies beyond a sequence's length, which only a tile's first block may hold.
+  // Every consumer warpgroup does it for itself: that needs no barrier between them, and writing a
+  // zero twice does no harm.
+  static JFA_DEVICE void ClearPadding(const ProblemParams& problem, const Work& work, int block,
+                                      uint32 smem, const Ring& v, int group) {
+    const Sequence& sequence = work.tile.sequence;
+    const int row = sequence.kv_len - block * C::kBlockN;
+    if (row >= C::kBlockN || sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
+    MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
     for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
          i += kGroupThreads) {
 #pragma unroll
       for (int panel = 0; panel < kPanelsV; ++panel) {
-        StoreShared16(smem_v + panel * kPanelBytesN + i * 16, make_uint4(0, 0, 0, 0));
+        StoreShared16(smem + kSmemV + v.stage * kBytesV + panel * kPanelBytesN + i * 16,
+                      make_uint4(0, 0, 0, 0));
       }
     }
     FenceProxyAsync();
@@ -338,99 +396,135 @@ struct FwdSm90 {
     }
   }
 
-  static JFA_DEVICE void Consume(const FwdSm90Params& params, uint32 smem, int group) {
+  static JFA_DEVICE void Consume(const FwdSm90Params& params, unsigned char* smem_pointer,
+                                 int group) {
     const ProblemParams& problem = params.fwd.problem;
-    TileWalk walk(params);
-    Tile tile;
+    const uint32 smem = SmemAddress(smem_pointer);
+    RingTile t;
     RingQ q;
     Ring k, v;
     if (C::kPingPong && group == 0) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
 
-    bool more = walk.Next(&tile);
+    const auto wait_tile = [&] {
+      MbarrierWait(Address(smem, kFullTile, t.stage), t.parity);
+      const int slot = t.stage;
+      t.Advance();
+      return slot;
+    };
+    const auto release = [&](int slot) {
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, slot));
+    };
+    int slot = wait_tile(), block = -1;
+    Work work = *Slot(smem_pointer, slot);
+    // Tiles without keys are done at once; false at the end.
+    const auto skip_empty = [&] {
+      while (work.tile.row0 >= 0) {
+        block = work.keys.First();
+        if (block >= 0) return true;
+        Output zeros;
+        Clear(zeros);
+        const OnlineSoftmax<1> nothing(1.f);
+        Store(params, work.tile, StoreLse(params, work.tile, nothing), zeros);
+        release(slot);
+        slot = wait_tile();
+        work = *Slot(smem_pointer, slot);
+      }
+      return false;
+    };
+
+    bool more = skip_empty();
     while (more) {
-      const Mask mask(problem, tile.sequence);
-      const Ids ids(problem, tile.batch, tile.kv_head);
-      const Keys keys = KeysOf(tile, mask, ids);
-      const LogitMap<C::kSoftcap, C::kAlibi> logits(problem, tile.sequence, tile.batch, tile.head);
-      OnlineSoftmax<1> softmax(logits.Scale());
       Output out;
+      Scores s;
+      Weights p;
+      float factor[2];
+      float2 normalizer;
+      OnlineSoftmax<1> softmax(work.logits.Scale());
       Clear(out);
       Pin(out);
-      const Tile here = tile;
-      float2 normalizer;
 
-      int block = keys.First();
-      if (block >= 0) {
-        Scores s;
-        Weights p;
-        float factor[2];
-
-        const uint32 smem_q =
-            smem + kSmemQ + q.stage * kBytesQ + group * kGroupRows * kRowBytes;
-        const uint32 empty_q = Address(smem, kEmptyQ, q.stage);
+      uint32 smem_q, empty_q;
+      const auto wait_q = [&] {
+        smem_q = smem + kSmemQ + q.stage * kBytesQ + group * kGroupRows * kRowBytes;
+        empty_q = Address(smem, kEmptyQ, q.stage);
         MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
         q.Advance();
+      };
+      wait_q();
+      MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+      ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+      int next = work.keys.Next(block);
+      WgmmaWait<0>();
+      Pin(s);
+      Arrive(Address(smem, kEmptyK, k.stage));
+      k.Advance();
+      if (next < 0) Arrive(empty_q);
+      MakeLogits(s, work, group, block);
+      softmax.Follow(s, factor);
+      Weigh(s, softmax);
+      Pack(p, s);
+      ClearPadding(problem, work, block, smem, v, group);
+
+      int done;  // slot
+#pragma unroll 1
+      while (true) {
+        // The next block; that of the next tile, if it has any and Q has a second buffer.
+        const bool is_first = next < 0;
+        if (is_first) {
+          done = slot;
+          slot = wait_tile();
+          work = *Slot(smem_pointer, slot);
+          block = work.tile.row0 >= 0 ? work.keys.First() : -1;
+          if (C::kStagesQ == 1 || block < 0) break;
+          next = block;
+          wait_q();
+        }
+        block = next;
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+        TakeTurn(group);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
-        WgmmaWait<0>();
+        MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+        OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+        PassTurn(group);
+        if (is_first) {
+          normalizer = StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+          softmax = OnlineSoftmax<1>(work.logits.Scale());
+        }
+        next = work.keys.Next(block);
+        WgmmaWait<1>();
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
-        int next = keys.Next(block);
         if (next < 0) Arrive(empty_q);
-        MakeLogits(s, logits, mask, ids, keys, here, group, block);
-        softmax.Follow(s, factor);
+        MakeLogits(s, work, group, block);
+        const bool rescale = softmax.Follow(s, factor);
         Weigh(s, softmax);
-        Pack(p, s);
-
-        // Only the first block may reach over the end of the keys.
-        const int keys_left = here.sequence.kv_len - block * C::kBlockN;
-        if (keys_left < C::kBlockN &&
-            here.sequence.kv_begin + here.sequence.kv_len < problem.kv_len) {
-          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
-          ClearValuesFrom(smem + kSmemV + v.stage * kBytesV, keys_left, group);
-        }
-
-#pragma unroll 1
-        while (next >= 0) {
-          block = next;
-          MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
-          TakeTurn(group);
-          ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
-          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
-          OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
-          PassTurn(group);
-          next = keys.Next(block);
-          WgmmaWait<1>();
-          Pin(s);
-          Arrive(Address(smem, kEmptyK, k.stage));
-          k.Advance();
-          if (next < 0) Arrive(empty_q);
-          MakeLogits(s, logits, mask, ids, keys, here, group, block);
-          const bool rescale = softmax.Follow(s, factor);
-          Weigh(s, softmax);
-          WgmmaWait<0>();
-          Pin(out);
-          Arrive(Address(smem, kEmptyV, v.stage));
-          v.Advance();
-          Pack(p, s);
-          if (rescale) softmax.Rescale(out, factor);
-        }
-
-        MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
-        OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
-        // What needs no output runs under the last product.
-        more = walk.Next(&tile);
-        normalizer = StoreLse(params, here, group, softmax);
         WgmmaWait<0>();
         Pin(out);
         Arrive(Address(smem, kEmptyV, v.stage));
         v.Advance();
-      } else {
-        more = walk.Next(&tile);
-        normalizer = StoreLse(params, here, group, softmax);
+        Pack(p, s);
+        if (is_first) {
+          Store(params, Slot(smem_pointer, done)->tile, normalizer, out);
+          release(done);
+          Clear(out);
+          ClearPadding(problem, work, block, smem, v, group);
+        } else if (rescale) {
+          softmax.Rescale(out, factor);
+        }
       }
-      Store(params, here, group, normalizer, out);
+
+      MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+      OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+      normalizer = StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+      WgmmaWait<0>();
+      Pin(out);
+      Arrive(Address(smem, kEmptyV, v.stage));
+      v.Advance();
+      Store(params, Slot(smem_pointer, done)->tile, normalizer, out);
+      release(done);
+      more = skip_empty();
     }
   }
 
@@ -449,7 +543,7 @@ struct FwdSm90 {
   }
 
   // Returns the factors of this lane's two rows of output.
-  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile, int group,
+  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile,
                                     const OnlineSoftmax<1>& softmax) {
     const ProblemParams& problem = params.fwd.problem;
     const Sequence& sequence = tile.sequence;
@@ -474,8 +568,8 @@ struct FwdSm90 {
 
   // Normalises and writes out, straight from registers: the four lanes that share a row exchange
   // their columns until each has 16 consecutive bytes. Shared memory stays free for the next tile.
-  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, int group,
-                               float2 normalizer, const Output& out) {
+  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, float2 normalizer,
+                               const Output& out) {
     const ProblemParams& problem = params.fwd.problem;
     const int t = ReadLaneIndex() % 4;
 #pragma unroll
@@ -513,6 +607,10 @@ struct FwdSm90 {
         MbarrierInit(Address(smem, kFullQ, stage), 1);
         MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
       }
+      for (int slot = 0; slot < kTileSlots; ++slot) {
+        MbarrierInit(Address(smem, kFullTile, slot), 1);
+        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+      }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
         MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
@@ -524,10 +622,10 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) Produce(params, smem);
+      if (threadIdx.x < kWarpSize) Produce(params, smem_pointer);
     } else {
       ClaimRegisters<kConsumerRegisters>();
-      Consume(params, smem, group - 1);
+      Consume(params, smem_pointer, group - 1);
     }
   }
 };
