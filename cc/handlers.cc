@@ -191,6 +191,9 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.v, {p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv}, call.q,
       &params.v));
+  constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }
 

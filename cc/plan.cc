@@ -287,20 +287,23 @@ bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
   return variant.family == Family::kSm90 || std::max(common.head_dim, common.head_dim_v) > 32;
 }
 
-KernelSpec MakeFwdSm90(const Variant& variant, Common common) {
+KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   common.head_dim = std::max(common.head_dim, 64);
   common.head_dim_v = std::max(common.head_dim_v, 64);
   const FwdSm90Tile tile = PickFwdSm90Tile(common.head_dim, common.head_dim_v, variant);
   const int warps = 4 * (tile.block_m / 64 + 1);
   // Panels of 64 columns, 128 bytes a row; then barriers: Q's two, and K's and V's per stage.
   const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
-  const int smem =
-      128 * (panels * tile.stages_q * tile.block_m +
-             tile.stages * (panels + panels_v) * tile.block_n) +
-      8 * (2 * tile.stages_q + 4 * tile.stages) + kTileSlotBytes;
+  const int inputs = 128 * (panels * tile.stages_q * tile.block_m +
+                            tile.stages * (panels + panels_v) * tile.block_n);
+  const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages) + kTileSlotBytes;
+  const int output = 128 * panels_v * tile.block_m;
+  const bool stage_out = inputs + output + barriers <= smem_kb * 1024;
+  const int smem = inputs + (stage_out ? output : 0) + barriers;
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
   return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
           tile.block_n};
@@ -410,7 +413,7 @@ Plan MakePlan(const Variant& variant, int arch) {
 
   const Common common = MakeCommon(variant, info);
   if (variant.op == Op::kFwd) {
-    plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common)
+    plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
                                                         : MakeFwd(variant, common, info)};
   } else if (variant.deterministic) {
     plan.kernels = {MakePreprocess(variant, common), MakeBwdMain(variant, common, info),

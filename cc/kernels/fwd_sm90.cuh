@@ -15,8 +15,8 @@
 // Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
 //             product of a tile starts before the last one of the tile before, if there is room
 //             for two Q.
-// Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier.
-//             plan.cc computes the same sum.
+// Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier;
+//             the output, if there is room. plan.cc computes the same sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
 //             more, of 240 (two consumers) or 160 (three).
 //
@@ -77,7 +77,10 @@ struct FwdSm90 {
   static constexpr int kSmemQ = 0;
   static constexpr int kSmemK = C::kStagesQ * kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
-  static constexpr int kSmemBarriers = kSmemV + C::kStages * kBytesV;
+  static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
+  static constexpr int kPanelBytesOut = kGroupRows * kRowBytes;
+  static constexpr int kBytesOut = kPanelsV * kPanelBytesOut;  // of one warpgroup
+  static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * kBytesOut : 0);
   static constexpr int kTileSlots = 3, kSlotBytes = 256;
   static constexpr int kSmemTiles =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
@@ -425,7 +428,7 @@ struct FwdSm90 {
         Output zeros;
         Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
-        Store(params, work.tile, StoreLse(params, work.tile, nothing), zeros);
+        Store(params, smem, group, work.tile, StoreLse(params, work.tile, nothing), zeros);
         release(slot);
         slot = wait_tile();
         work = *Slot(smem_pointer, slot);
@@ -506,7 +509,7 @@ struct FwdSm90 {
         v.Advance();
         Pack(p, s);
         if (is_first) {
-          Store(params, Slot(smem_pointer, done)->tile, normalizer, out);
+          Store(params, smem, group, Slot(smem_pointer, done)->tile, normalizer, out);
           release(done);
           Clear(out);
           ClearPadding(problem, work, block, smem, v, group);
@@ -522,10 +525,11 @@ struct FwdSm90 {
       Pin(out);
       Arrive(Address(smem, kEmptyV, v.stage));
       v.Advance();
-      Store(params, Slot(smem_pointer, done)->tile, normalizer, out);
+      Store(params, smem, group, Slot(smem_pointer, done)->tile, normalizer, out);
       release(done);
       more = skip_empty();
     }
+    TmaStoreWaitRead();
   }
 
   // Four words of each of four lanes: lane t gets everybody's word t.
@@ -566,17 +570,62 @@ struct FwdSm90 {
     return make_float2(normalizer[0], normalizer[1]);
   }
 
-  // Normalises and writes out, straight from registers: the four lanes that share a row exchange
-  // their columns until each has 16 consecutive bytes. Shared memory stays free for the next tile.
-  static JFA_DEVICE void Store(const FwdSm90Params& params, const Tile& tile, float2 normalizer,
-                               const Output& out) {
-    const ProblemParams& problem = params.fwd.problem;
+  // Normalises and writes out.
+  static JFA_DEVICE void Store(const FwdSm90Params& params, uint32 smem, int group,
+                               const Tile& tile, float2 normalizer, const Output& out) {
+    // The copy engine knows the array's end, not a packed sequence's.
+    if (C::kStageOut &&
+        !(C::kPacked && tile.row0 + (group + 1) * kGroupRows > tile.sequence.q_rows)) {
+      StoreByEngine(params, smem + kSmemOut + group * kBytesOut, group, tile, normalizer, out);
+    } else if (C::kPacked || !C::kStageOut) {
+      StoreDirectly(params, tile, normalizer, out);
+    }
+  }
+
+  // A select, not a product with zero: padding rows of Q may have made NaN.
+  static JFA_DEVICE uint32 PackPair(const float* x, float factor, bool valid) {
+    return valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
+  }
+
+  // Through shared memory of the warpgroup's own.
+  static JFA_DEVICE void StoreByEngine(const FwdSm90Params& params, uint32 smem_out, int group,
+                                       const Tile& tile, float2 normalizer, const Output& out) {
+    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
+    if (thread == 0) TmaStoreWaitRead();  // for the tile before
+    const int row0 = tile.row0 - kGroupRows, q_len = tile.sequence.q_len;
+    const bool valid0 = Place::RowOf(row0, 0) < q_len, valid1 = Place::RowOf(row0, 1) < q_len;
+    NamedBarrierSync(kGroup + group, kGroupThreads);
+    const uint32 base = smem_out + (thread / kWarpSize * 16 + (lane & 15)) * kRowBytes +
+                        (((lane >> 4) ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int n = 0; n < kOutBlocks; ++n) {
+      const uint32 r[4] = {PackPair(&out[0][2 * n][0], normalizer.x, valid0),
+                           PackPair(&out[0][2 * n][2], normalizer.y, valid1),
+                           PackPair(&out[0][2 * n + 1][0], normalizer.x, valid0),
+                           PackPair(&out[0][2 * n + 1][2], normalizer.y, valid1)};
+      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytesOut, r);
+    }
+    FenceProxyAsync();
+    NamedBarrierSync(kGroup + group, kGroupThreads);
+    if (thread == 0) {
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) {
+        TmaStore(&params.out, smem_out + panel * kPanelBytesOut, panel * kPanelColumns,
+                 tile.sequence.q_begin + tile.row0 + group * kGroupRows, tile.head, tile.batch);
+      }
+      TmaStoreCommit();
+    }
+  }
+
+  // Straight from registers: the four lanes that share a row exchange their columns until each has
+  // 16 consecutive bytes.
+  static JFA_DEVICE void StoreDirectly(const FwdSm90Params& params, const Tile& tile,
+                                       float2 normalizer, const Output& out) {
     const int t = ReadLaneIndex() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = Place::RowOf(tile.row0 - kGroupRows, half);
       const bool valid = row < tile.sequence.q_len;
-      const float factor = half ? normalizer.y : normalizer.x;
       uint16* target =
           RowPointer(params.fwd.out, tile.batch, tile.head, tile.sequence.q_begin + row) + 8 * t;
 #pragma unroll
@@ -584,12 +633,10 @@ struct FwdSm90 {
         uint32 w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* x = &out[0][4 * n + i][2 * half];
-          // A select, not a product with zero: padding rows of Q may have made NaN.
-          w[i] = valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
+          w[i] = PackPair(&out[0][4 * n + i][2 * half], half ? normalizer.y : normalizer.x, valid);
         }
         Transpose(w, t);
-        if (row < tile.sequence.q_rows && 32 * n + 8 * t < problem.head_dim_v) {
+        if (row < tile.sequence.q_rows && 32 * n + 8 * t < params.fwd.problem.head_dim_v) {
           StoreGlobal16(target + 32 * n, w);
         }
       }
@@ -603,6 +650,7 @@ struct FwdSm90 {
       TmaPrefetch(&params.q);
       TmaPrefetch(&params.k);
       TmaPrefetch(&params.v);
+      TmaPrefetch(&params.out);
       for (int stage = 0; stage < C::kStagesQ; ++stage) {
         MbarrierInit(Address(smem, kFullQ, stage), 1);
         MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);

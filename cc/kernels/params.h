@@ -61,7 +61,7 @@ struct alignas(64) TensorMap {
 };
 
 struct FwdSm90Params {
-  TensorMap q, k, v;
+  TensorMap q, k, v, out;
   FwdParams fwd;
   int paired;  // work items are pairs of row tiles, one from each end of the rows
 };

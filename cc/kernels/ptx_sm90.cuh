@@ -78,6 +78,21 @@ JFA_DEVICE void TmaLoad(uint32 smem, const TensorMap* map, uint32 barrier, int c
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
       : "memory");
 }
+// The reverse; what lies beyond the tensor's edges isn't written.
+JFA_DEVICE void TmaStore(const TensorMap* map, uint32 smem, int column, int row, int head,
+                         int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(smem), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+JFA_DEVICE void TmaStoreCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's stores have read shared memory.
+JFA_DEVICE void TmaStoreWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // --- registers ------------------------------------------------------------------------------------
 
 template <int kRegisters>

@@ -88,14 +88,14 @@ struct OnlineSoftmax {
     const float total = QuadSum(sum[r]);
     if (sink == -Infinity()) {
       if (total == 0.f) return {0.f, -Infinity()};
-      return {1.f / total, kLn2 * (Log2(total) - neg_reference[r])};
+      return {Reciprocal(total), kLn2 * (Log2(total) - neg_reference[r])};
     }
     // The larger of the two becomes the reference, or the other's weight might overflow.
     const float sink_log2 = sink * kLog2e;
     const float reference = fmaxf(-neg_reference[r], sink_log2);
     const float factor = Exp2(-neg_reference[r] - reference);
     const float with_sink = fmaf(total, factor, Exp2(sink_log2 - reference));
-    return {factor / with_sink, kLn2 * (Log2(with_sink) + reference)};
+    return {factor * Reciprocal(with_sink), kLn2 * (Log2(with_sink) + reference)};
   }
 
  private:
