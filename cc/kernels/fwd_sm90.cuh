@@ -436,6 +436,37 @@ struct FwdSm90 {
       return false;
     };
 
+    // A tile's first blocks may lie to the right of all that this warpgroup's rows see: it lets them
+    // pass, at most the one or two that begin between its last row's keys and the tile's.
+    int hidden_blocks = 0;
+    const auto skip_hidden = [&](int first) {
+      if constexpr (kMask != MaskKind::kFull) {
+        const int end = work.tile.row0 + (group + 1) * kGroupRows - 1 + work.mask.high;
+        while (first * C::kBlockN >= end &&
+               !(Mask::kHasSinks && first * C::kBlockN < work.mask.sink_tokens)) {
+          const int next = work.keys.Next(first);
+          if (next < 0) break;
+          MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+          Arrive(Address(smem, kEmptyK, k.stage));
+          k.Advance();
+          TakeTurn(group);
+          PassTurn(group);
+          ++hidden_blocks;
+          first = next;
+        }
+      }
+      return first;
+    };
+    const auto skip_hidden_values = [&] {
+      if constexpr (kMask != MaskKind::kFull) {
+        for (; hidden_blocks > 0; --hidden_blocks) {
+          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+          Arrive(Address(smem, kEmptyV, v.stage));
+          v.Advance();
+        }
+      }
+    };
+
     bool more = skip_empty();
     while (more) {
       Output out;
@@ -455,6 +486,7 @@ struct FwdSm90 {
         q.Advance();
       };
       wait_q();
+      block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
       ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
       int next = work.keys.Next(block);
@@ -467,6 +499,7 @@ struct FwdSm90 {
       softmax.Follow(s, factor);
       Weigh(s, softmax);
       Pack(p, s);
+      skip_hidden_values();
       ClearPadding(problem, work, block, smem, v, group);
 
       int done;  // slot
@@ -480,8 +513,8 @@ struct FwdSm90 {
           work = *Slot(smem_pointer, slot);
           block = work.tile.row0 >= 0 ? work.keys.First() : -1;
           if (C::kStagesQ == 1 || block < 0) break;
-          next = block;
           wait_q();
+          next = skip_hidden(block);
         }
         block = next;
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
@@ -512,6 +545,7 @@ struct FwdSm90 {
           Store(params, smem, group, Slot(smem_pointer, done)->tile, normalizer, out);
           release(done);
           Clear(out);
+          skip_hidden_values();
           ClearPadding(problem, work, block, smem, v, group);
         } else if (rescale) {
           softmax.Rescale(out, factor);
