@@ -6,9 +6,9 @@
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;      // Sequence::kScratchTile
-constexpr int kPreprocessRows = 128;  // BwdPreprocess::kRows
-constexpr int kPostprocessRows = 32;  // BwdPostprocess::kRows
+constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
+constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
 constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
 
@@ -197,8 +197,10 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
   // registers, as do other features at the largest head dim.
   const bool segments = variant.segments;
-  const bool searches = segments || variant.packed;
-  if (size <= 64) return {searches ? 128 : 192, 128, 2, !searches};
+  if (size <= 64) {
+    if (segments || variant.packed) return {128, 128, 2, false};
+    return {192, variant.softcap || variant.alibi ? 112 : 128, 2, true};
+  }
   if (size <= 128) return {128, segments ? 96 : 128, 2, false};
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
   return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
@@ -281,10 +283,13 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
   return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
 }
 
-// Its copies want 16-byte rows. At head dim 32 most of each product would be padding.
+// Its copies want 16-byte rows. At head dim 32 half of each product would be padding; at 64 its
+// large tiles lose to the smaller ones of the older kernel where sequences or segments are short.
 bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
   if (arch != 90 || !common.aligned || variant.family == Family::kSm80) return false;
-  return variant.family == Family::kSm90 || std::max(common.head_dim, common.head_dim_v) > 32;
+  if (variant.family == Family::kSm90) return true;
+  const int size = std::max(common.head_dim, common.head_dim_v);
+  return size > 64 || (size == 64 && !variant.packed && !variant.segments);
 }
 
 KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
@@ -444,6 +449,8 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   if (kernel.file == "fwd_sm90.cuh") {
     int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
     if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
+    // CTAs that stay would share tiles whose lengths nobody knows unevenly.
+    if (variant.packed || variant.segments) return {static_cast<uint32_t>(items * heads), 1, 1};
     return {static_cast<uint32_t>(std::min<int64_t>(items * heads, multiprocessors)), 1, 1};
   }
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
@@ -464,7 +471,7 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
 
 bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
                 int multiprocessors) {
-  if (variant.mask != Mask::kCausal || variant.packed) return false;
+  if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
   const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
   const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
   const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);
@@ -477,7 +484,8 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
   for (int64_t r = 0; r < rounds; ++r) single += cost(tiles - 1 - r * multiprocessors / heads);
   const int64_t paired = CeilDiv(CeilDiv(tiles, 2) * heads, multiprocessors) *
                          (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
-  return paired < single;
+  // If in doubt pairs: they also share keys better.
+  return paired * 15 <= single * 16;
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {

@@ -119,7 +119,8 @@ def attention(
         or an int array, one value or one per sequence. None is 0, and warns if `is_causal` and
         T != S, where the alignment should be chosen.
       local_window_size: `(left, right)`: key j is visible iff `position - left <= j <= position +
-        right`; None opens a side, an int is both sides. The last W tokens are `(W - 1, 0)`.
+        right`; None (or 2**31 and more) opens a side, an int is both sides. The last W tokens are
+        `(W - 1, 0)`.
       sink_tokens: the first so many keys of the sequence are visible whatever the window, if
         causality, lengths and segments allow it (Xiao et al., 2023, arXiv:2309.17453).
       sinks: `[N]` floats, a logit per query head that adds `exp(sinks[n])` to the softmax's
@@ -175,7 +176,6 @@ def attention(
         implementation=implementation,
     )
     return _run(call, jnp.shape(q)[:-3], return_lse)
-
 
 
 @overload

@@ -22,7 +22,7 @@ from jax_flashattn._api import attention
 from jax_flashattn._timing import Timer, timers
 
 NUM_TOKENS, HIDDEN = 16384, 2048
-REPEATS = 10  # calls in one timed program
+TORCH_REPEATS = 20  # calls between two events
 ROUNDS = 7
 
 CASES = [
@@ -36,7 +36,7 @@ CASES = [
 def _jax_timers(function: Callable[..., jax.Array], shape: tuple[int, ...]) -> dict[str, Timer]:
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-    return timers(function, inputs, REPEATS)
+    return timers(function, inputs)
 
 
 def _torch_timers(is_causal: bool, shape: tuple[int, ...]) -> dict[str, Timer]:
@@ -60,11 +60,11 @@ def _torch_timers(is_causal: bool, shape: tuple[int, ...]) -> dict[str, Timer]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             call()
             start.record()
-            for _ in range(REPEATS):
+            for _ in range(TORCH_REPEATS):
                 call()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end) / 1e3 / REPEATS
+            return start.elapsed_time(end) / 1e3 / TORCH_REPEATS
 
         seconds()
         return seconds
@@ -130,7 +130,7 @@ def run(output: pathlib.Path | None) -> None:
     for (op, name), values in ratios.items():
         mean = statistics.geometric_mean(values)
         print(f"{op} over {name}: {mean:.2f}x in the geometric mean, {min(values):.2f}x at least")
-    features = _bench_features.run(heads=HIDDEN // 128, repeats=REPEATS)
+    features = _bench_features.run(heads=HIDDEN // 128)
     if output is not None:
         cuda = _native.cuda_devices()
         report = {

@@ -103,7 +103,7 @@ def _cases(heads: int) -> list[Case]:
     ]
 
 
-def run(*, heads: int, repeats: int) -> list[dict[str, Any]]:
+def run(*, heads: int) -> list[dict[str, Any]]:
     """Times every case, bfloat16, in alternation with plain causal; prints and returns rows."""
     rows = []
     print("| pass | feature | head dim | S | ms | time per visible pair over causal |")
@@ -113,7 +113,7 @@ def run(*, heads: int, repeats: int) -> list[dict[str, Any]]:
         shape = (1, case.seq_len, heads, case.head_dim)
         keys = jax.random.split(jax.random.key(0), 3)
         inputs = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-        timed = timers(case.function, (*inputs, *case.more), repeats)
+        timed = timers(case.function, (*inputs, *case.more))
         if case.name == "causal":
             plain[case.head_dim] = case, timed
         base, base_timed = plain[case.head_dim]

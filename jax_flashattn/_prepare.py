@@ -14,6 +14,9 @@ from jax_flashattn import _spec
 from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
 
 
+MAX_WINDOW = np.iinfo(np.int32).max  # beyond, a side is open
+
+
 class Call(NamedTuple):
     """One call, canonical: what every backend takes."""
 
@@ -138,7 +141,7 @@ def _finish(
         if soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
     left, right = _window(local_window_size)
-    sink_tokens = _spec.static_int("sink_tokens", sink_tokens, 0)
+    sink_tokens = min(_spec.static_int("sink_tokens", sink_tokens, 0), _spec.MAX_LENGTH)
     if sink_tokens and not is_causal and left is None and right is None:
         raise ValueError(
             f"sink_tokens must come with a window or a causal mask, got {sink_tokens} without: "
@@ -205,7 +208,10 @@ def _window(size: Any) -> tuple[int | None, int | None]:
         raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
 
     def side(x: Any) -> int | None:
-        return None if x is None else _spec.static_int("local_window_size", x, 0)
+        if x is None:
+            return None
+        size = _spec.static_int("local_window_size", x, 0)
+        return None if size > MAX_WINDOW else size
 
     return side(left), side(right)
 

@@ -170,14 +170,14 @@ def static_bool(name: str, x: Any) -> bool:
 
 
 def static_int(name: str, x: Any, least: int) -> int:
-    """`x` as an int from `least` on, cut to int32; TypeError for a tracer or a non-integer."""
+    """`x` as an int from `least` on; TypeError for a tracer or a non-integer."""
     if isinstance(x, Tracer):
         raise TypeError(f"{name} must be a Python int, got a traced value; mark it static in jit")
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"{name} must be a Python int, got {type(x).__name__}")
     if x < least:
         raise ValueError(f"{name} must be at least {least}, got {x}")
-    return min(int(x), np.iinfo(np.int32).max)
+    return int(x)
 
 
 def int32_array(name: str, x: Any, shapes: Sequence[tuple[int, ...]], what: str) -> jax.Array:

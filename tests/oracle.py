@@ -104,8 +104,11 @@ def results(
     cu_seqlens_kv: Any = None,
     deterministic: bool = False,
     implementation: Any = None,
-) -> list[np.ndarray]:
-    """`[out, lse, dq, dk, dv]` and the gradients `[B, N]` of slopes and sinks that are given."""
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """`[out, lse, dq, dk, dv]` and the gradients `[B, N]` of slopes and sinks that are given.
+
+    Also what the latter are sums of, since their rounding is that of their largest term.
+    """
     wide = np.float64 if dtype == np.float64 else np.float32
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q, k, v, dout, dlse = (np.asarray(x).astype(dtype) for x in (q, k, v, dout, dlse))
@@ -167,19 +170,22 @@ def results(
     found += [dot("bkgts,bskh->btkgh", dscores, k).reshape(q.shape)]
     found += [dot("bkgts,btkgh->bskh", dscores, rows(q))]
     found += [dot("bkgts,btkgd->bskd", weights, rows(dout))]
+    terms = {}
     if alibi_slopes is not None:
-        found += [-total(np.where(mask, dx * distance, 0), (3, 4)).reshape(B, N)]
+        pairs = np.where(mask, dx * distance, np.asarray(0, dtype))
+        terms["alibi_slopes"] = total(abs(pairs), -1)
+        found += [-total(pairs, (3, 4)).reshape(B, N)]
     if sinks is not None:
         of_sink = np.where(np.isinf(lse), np.asarray(0, dtype), np.exp(sink - finite))
-        found += [-total(of_sink * scalars(delta), (3, 4)).reshape(B, N)]
-    return found
+        terms["sinks"] = (of_sink * scalars(delta))[..., 0]
+        found += [-total(terms["sinks"], -1).reshape(B, N)]
+    return found, terms
 
 
 def references(*inputs, **options):
-    """`results` in float64, and by the low-precision twin."""
-    return results(np.float64, *inputs, **options), results(
-        inputs[0].dtype, *inputs, **options
-    )
+    """Results in float64, the same by the low-precision twin, and terms as `results` has them."""
+    exact, terms = results(np.float64, *inputs, **options)
+    return exact, results(inputs[0].dtype, *inputs, **options)[0], terms
 
 
 @partial(jax.jit, static_argnames="options")
@@ -216,7 +222,7 @@ def check(q, k, v, dout, dlse, *, poison=None, **options) -> None:
     """
     arrays = {k: x for k, x in options.items() if _is_array(x)}
     static = tuple((k, x) for k, x in options.items() if k not in arrays)
-    exact, twin = references(q, k, v, dout, dlse, **options)
+    exact, twin, terms = references(q, k, v, dout, dlse, **options)
     given = (q, k, v, dout) if poison is None else poison(q, k, v, dout)
     got = run(*given, dlse, arrays, static)
     names = ("out", "lse", "dq", "dk", "dv", *(x for x in DIFFERENTIABLE_OPTIONS if x in arrays))
@@ -224,4 +230,4 @@ def check(q, k, v, dout, dlse, *, poison=None, **options) -> None:
         assert x.dtype == (q.dtype if name in ("out", "dq", "dk", "dv") else jnp.float32), name
         if x.shape != reference.shape:  # shared by the batch
             reference, low = (y.astype(np.float64).sum(axis=0) for y in (reference, low))
-        assert_close(x, reference, low, dtype=q.dtype, what=name)
+        assert_close(x, reference, low, dtype=q.dtype, what=name, terms=terms.get(name))

@@ -65,6 +65,10 @@ static void ApplyLogitRule(const LogitRule& rule, const RowTile& rows, const See
   }
 }
 
+// While the maximum rises by less than this, in log2, the one before stays in use: probabilities up
+// to 256 are as precise as those up to 1, and O^T need not be scaled anew.
+constexpr float kSlack = 8;
+
 // Turns scores into probabilities for C vectors of lanes; returns whether a maximum rose.
 template <int C, Test kTest>
 static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, const SeenKeys& keys,
@@ -90,6 +94,8 @@ static bool SoftmaxColumns(FwdTile* tile, float scale_log2, int lane, const Seen
   Vec base[C], sum[C];
 #pragma GCC unroll 4
   for (int v = 0; v < C; ++v) {
+    const IVec rises = (new_max[v] - old_max[v]) * scale_log2 > kSlack;
+    new_max[v] = Select(rises, new_max[v], old_max[v]);
     // A row that has seen nothing yet: -inf - (-inf) would be NaN.
     base[v] = Select(new_max[v] == -kInf, Vec{}, new_max[v]);
     const Vec alpha = Exp2((old_max[v] - base[v]) * scale_log2);
@@ -194,6 +200,7 @@ static void StoreResults(const FwdArgs& args, const FwdTile& tile) {
     args.lse[rows.bnt[i]] = base + __builtin_logf(sum);
     factors[i] = weight / sum;
     out[i] = dst;
+    PrefetchRow(dst, hv);
   }
   StoreTransposed(tile.o, rows.num_lanes, hv, factors, out);
 }
@@ -228,6 +235,7 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
       tile->max[i] = -kInf;
       tile->sum[i] = 0;
     }
+    for (int i = 0; i < rows.num_lanes; ++i) PrefetchRow(q[i], h);
     LoadTransposed(q, rows.num_lanes, h, tile->q);
     first = Min(first, rows.span.First());
     last = Max(last, rows.span.hi);

@@ -36,6 +36,16 @@ JFA_INLINE void StorePartial(T* p, Vec v, int count) {
 // Far enough ahead to overlap misses, little enough to fit the L1's fill buffers; 2 to 8 are alike.
 constexpr int kPrefetchRows = 4;
 
+// Rows of one head are far apart, often a page each, where the hardware does not prefetch. `src`
+// may lie beyond the tensor or be null: a prefetch never faults.
+template <class T>
+JFA_INLINE void PrefetchRow(const T* src, int cols) {
+  const uintptr_t row = reinterpret_cast<uintptr_t>(src);
+  for (int c = 0; c < cols * static_cast<int>(sizeof(T)); c += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(row + c));
+  }
+}
+
 template <class T>
 static inline void LoadRow(const T* src, int cols, float* dst) {
   int c = 0;
@@ -46,10 +56,7 @@ static inline void LoadRow(const T* src, int cols, float* dst) {
 template <class T>
 static void LoadRows(const T* src, int64_t stride, int rows, int cols, float* dst, int ld) {
   for (int r = 0; r < rows; ++r) {
-    // Rows of one head are far apart, often a page each, where the hardware does not prefetch. The
-    // address may lie beyond the tensor: a prefetch never faults.
-    const char* ahead = reinterpret_cast<const char*>(src + (r + kPrefetchRows) * stride);
-    for (int c = 0; c < cols * static_cast<int>(sizeof(T)); c += 64) __builtin_prefetch(ahead + c);
+    PrefetchRow(src + (r + kPrefetchRows) * stride, cols);
     LoadRow(src + r * stride, cols, dst + r * ld);
   }
 }
@@ -57,6 +64,7 @@ static void LoadRows(const T* src, int64_t stride, int rows, int cols, float* ds
 template <class T>
 static void LoadRows(const T* const* src, int rows, int cols, float* dst, int ld) {
   for (int r = 0; r < rows; ++r) {
+    if (r + kPrefetchRows < rows) PrefetchRow(src[r + kPrefetchRows], cols);
     if (src[r]) {
       LoadRow(src[r], cols, dst + r * ld);
     } else {
@@ -82,10 +90,36 @@ static void ZeroRows(T* dst, int64_t stride, int64_t rows, int cols) {
   for (int64_t r = 0; r < rows; ++r) __builtin_memset(dst + r * stride, 0, cols * sizeof(T));
 }
 
+// The columns of kWidth rows that can be transposed in pairs, a pair being an element of 32 bits;
+// returns their number. It takes half the shuffles, of which a core does one per cycle.
+template <class T>
+JFA_INLINE int LoadPairsTransposed(const T* const*, int, int, float*) {
+  return 0;
+}
+
+JFA_INLINE int LoadPairsTransposed(const BF16* const* src, int lanes, int cols, float* dst) {
+  int c = 0;
+  for (; c + 2 * kWidth <= cols; c += 2 * kWidth) {
+    Vec m[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      m[i] = Vec{};
+      if (src[i]) __builtin_memcpy(&m[i], src[i] + c, sizeof(Vec));
+    }
+    Transpose(m);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      Store(dst + (c + 2 * i) * lanes, (Vec)((UVec)m[i] << 16));
+      Store(dst + (c + 2 * i + 1) * lanes, (Vec)((UVec)m[i] & 0xffff0000u));
+    }
+  }
+  return c;
+}
+
 template <class T>
 static void LoadTransposed(const T* const* src, int lanes, int cols, float* dst) {
   for (int l = 0; l < lanes; l += kWidth) {
-    for (int c = 0; c < cols; c += kWidth) {
+    for (int c = LoadPairsTransposed(src + l, lanes, cols, dst + l); c < cols; c += kWidth) {
       const int count = Min(kWidth, cols - c);
       Vec m[kWidth];
       if (count == kWidth) {

@@ -41,7 +41,7 @@ struct BwdDqSm80 {
         blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
         problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-        C::kL2Bytes);
+        C::kL2Bytes, kMask);
     Sequence sequence;
     if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {
       return;
@@ -50,7 +50,7 @@ struct BwdDqSm80 {
     const int kv_head = work.head / problem.group;
     const BandMask<kMask> mask(problem, sequence);
     const SegmentIds<C::kSegments> ids(problem, work.batch, kv_head);
-    const auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
+    auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
         mask, ids, row0, reinterpret_cast<int*>(smem));
 
     const uint32 smem_q = SmemAddress(smem);
@@ -73,8 +73,8 @@ struct BwdDqSm80 {
           RowPointer(params.q, work.batch, work.head, sequence.q_begin), params.q.row_stride,
           problem.head_dim);
       const TileLoader<TileDo, kThreads, C::kAligned> load_do(
-          RowPointer(params.dout, work.batch, work.head, sequence.q_begin),
-          params.dout.row_stride, problem.head_dim_v);
+          RowPointer(params.dout, work.batch, work.head, sequence.q_begin), params.dout.row_stride,
+          problem.head_dim_v);
       load_q.Load(smem_q, row0, sequence.q_len);
       load_do.Load(smem_do, row0, sequence.q_len);
       load_k.Load(smem_k, block * C::kBlockN, sequence.kv_len);
@@ -96,6 +96,7 @@ struct BwdDqSm80 {
 #pragma unroll 1
       while (block >= 0) {
         const int key0 = block * C::kBlockN;
+        [[maybe_unused]] const bool one_segment = walk.one_segment;
         const int next = walk.Next(block);
         const uint32 k_tile = smem_k + stage * TileK::kBytes;
         const uint32 v_tile = smem_v + stage * TileV::kBytes;
@@ -119,7 +120,7 @@ struct BwdDqSm80 {
           Place::HideBand(s, mask, row0, key0);
         }
         if constexpr (C::kSegments) {
-          if (!walk.keys.template RangeOf<C::kBlockN>(block).IsOneWith(walk.own)) {
+          if (!one_segment) {
             Place::HideOtherSegments(s, ids, row0, key0);
           }
         }

@@ -173,20 +173,19 @@ struct BwdSm80 {
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem) {
     const ProblemParams& problem = params.problem;
     // Key tile 0 is seen by most rows of a causal mask, so tiles in order are longest first.
-    WorkItem work = ScheduleWork(
-        blockIdx.x, NumTiles<C::kPacked, kN>(problem, problem.kv_len), problem.batch,
-        problem.num_kv_heads, 1,
-        static_cast<int64>(problem.q_len) * problem.group *
-            (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-        C::kL2Bytes);
+    WorkItem work =
+        ScheduleWork(blockIdx.x, NumTiles<C::kPacked, kN>(problem, problem.kv_len), problem.batch,
+                     problem.num_kv_heads, 1,
+                     static_cast<int64>(problem.q_len) * problem.group *
+                         (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
+                     C::kL2Bytes, kMask);
     const int tile = work.block;
     Sequence sequence;
     if (!SelectKeys<C::kPacked, kN>(problem, work, sequence)) return;
     const int key0 = work.block * kN;
     const BandMask<kMask> mask(problem, sequence);
     const Ids ids(problem, work.batch, work.head);
-    const Walk walk =
-        Walk::template Of<kThreads>(mask, ids, key0, reinterpret_cast<int*>(smem));
+    const Walk walk = Walk::template Of<kThreads>(mask, ids, key0, reinterpret_cast<int*>(smem));
     Logits logits(problem, sequence, work.batch, work.head * problem.group);
 
     const uint32 smem_k = SmemAddress(smem);
@@ -235,8 +234,8 @@ struct BwdSm80 {
           CpAsyncCommit();
         }
 
-        Scores(mask, ids, walk, step, logits, q, dout, stats, smem_k, smem_v, smem_p, smem_ds,
-               key0, dslope);
+        Scores(mask, ids, walk, step, logits, q, dout, stats, smem_k, smem_v, smem_p, smem_ds, key0,
+               dslope);
         __syncthreads();  // (2)
 
         {
@@ -379,8 +378,9 @@ struct BwdSm80 {
           for (int e = 0; e < 4; ++e) {
             const float l = e % 2 ? lse[side].y : lse[side].x;
             const float d = e % 2 ? delta[side].y : delta[side].x;
-            const float distance = logits.Distance(
-                RowOf(place, row0) + RowStep(2 * i + side, e % 2), KeyOf(place, key0, 2 * j + e / 2));
+            const float distance =
+                logits.Distance(RowOf(place, row0) + RowStep(2 * i + side, e % 2),
+                                KeyOf(place, key0, 2 * j + e / 2));
             const Weight weight = Weigh(logits, s[j][2 * i + side][e], distance, l);
             const float dlogit = weight.p * (dp[j][2 * i + side][e] - d);
             if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);

@@ -95,13 +95,19 @@ struct FwdSm80 {
     }
   }
 
+  // Where the results go.
+  struct TilePlace {
+    int batch, head, row0;
+    int q_begin, q_len, q_rows;
+  };
+
   static JFA_DEVICE void Run(const FwdParams& params, unsigned char* smem) {
     const ProblemParams& problem = params.problem;
     WorkItem work = ScheduleWork(
         blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
         problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-        C::kL2Bytes);
+        C::kL2Bytes, kMask);
     Sequence sequence;
     // Under a causal mask the last rows see most: longest tiles first.
     if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {
@@ -112,13 +118,18 @@ struct FwdSm80 {
 
     const BandMask<kMask> mask(problem, sequence);
     const SegmentIds<C::kSegments> ids(problem, work.batch, kv_head);
-    const auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
-        mask, ids, row0, reinterpret_cast<int*>(smem));
-
     const uint32 smem_q = SmemAddress(smem);
     const uint32 smem_k = smem_q + TileQ::kBytes;
     const uint32 smem_v = smem_k + C::kStages * TileK::kBytes;
 
+    // Queries first: they travel while the walk is found.
+    const TileLoader<TileQ, kThreads, C::kAligned> load_q(
+        RowPointer(params.q, work.batch, work.head, sequence.q_begin), params.q.row_stride,
+        problem.head_dim);
+    load_q.Load(smem_q, row0, sequence.q_len);
+    CpAsyncCommit();
+    auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
+        mask, ids, row0, reinterpret_cast<int*>(smem + TileQ::kBytes));
     const TileLoader<TileK, kThreads, C::kAligned> load_k(
         RowPointer(params.k, work.batch, kv_head, sequence.kv_begin), params.k.row_stride,
         problem.head_dim);
@@ -134,10 +145,6 @@ struct FwdSm80 {
     int block = walk.First();
 
     if (block >= 0) {
-      const TileLoader<TileQ, kThreads, C::kAligned> load_q(
-          RowPointer(params.q, work.batch, work.head, sequence.q_begin), params.q.row_stride,
-          problem.head_dim);
-      load_q.Load(smem_q, row0, sequence.q_len);
       load_k.Load(smem_k, block * C::kBlockN, sequence.kv_len);
       if (C::kStages == 2) load_v.Load(smem_v, block * C::kBlockN, sequence.kv_len);
       CpAsyncCommit();
@@ -153,10 +160,17 @@ struct FwdSm80 {
       }
     }
 
+    // What only the end needs waits in shared memory: through the loop registers are scarce.
+    __shared__ TilePlace place;
+    if (threadIdx.x == 0) {
+      place = {work.batch, work.head, row0, sequence.q_begin, sequence.q_len, sequence.q_rows};
+    }
+
     uint32 stage = 0;
 #pragma unroll 1
     while (block >= 0) {
       const int key0 = block * C::kBlockN;
+      [[maybe_unused]] const bool one_segment = walk.one_segment;
       const int next = walk.Next(block);
       CpAsyncWait<0>();
       __syncthreads();  // this block's K (and V) is there; all warps are done with the one before
@@ -185,7 +199,7 @@ struct FwdSm80 {
         Place::HideBand(s, mask, row0, key0);
       }
       if constexpr (C::kSegments) {
-        if (!walk.keys.template RangeOf<C::kBlockN>(block).IsOneWith(walk.own)) {
+        if (!one_segment) {
           Place::HideOtherSegments(s, ids, row0, key0);
         }
       }
@@ -204,13 +218,15 @@ struct FwdSm80 {
       block = next;
     }
 
+    CpAsyncWait<0>();
     __syncthreads();  // the inputs' shared memory becomes the output's
+    const TilePlace tile = place;
     const int thread = ReadThreadIndex(), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    float* lse = params.lse + LseRow(problem, work.batch, work.head) + sequence.q_begin;
+    float* lse = params.lse + LseRow(problem, tile.batch, tile.head) + tile.q_begin;
     const float sink =
         params.sinks == nullptr
             ? -Infinity()
-            : params.sinks[static_cast<int64>(work.batch) * problem.num_heads + work.head];
+            : params.sinks[static_cast<int64>(tile.batch) * problem.num_heads + tile.head];
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       const int block_row = 16 * (warp + C::kWarps * m);
@@ -218,11 +234,11 @@ struct FwdSm80 {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half, sink);
-        const int row = row0 + block_row + lane / 4 + 8 * half;
+        const int row = tile.row0 + block_row + lane / 4 + 8 * half;
         // Padding rows were zeros that saw every key: their mean of V must not get out.
-        if (row >= sequence.q_len) result = {0.f, -Infinity()};
+        if (row >= tile.q_len) result = {0.f, -Infinity()};
         factor[half] = result.normalizer;
-        if (lane % 4 == 0 && row < sequence.q_rows) lse[row] = result.lse;
+        if (lane % 4 == 0 && row < tile.q_rows) lse[row] = result.lse;
       }
       const BlockWriter<TileO, 1> writer(smem_q, block_row, 0, lane);
 #pragma unroll
@@ -239,8 +255,8 @@ struct FwdSm80 {
     }
     __syncthreads();
     StoreTile<TileO, kThreads, C::kAligned>(
-        smem_q, RowPointer(params.out, work.batch, work.head, sequence.q_begin),
-        params.out.row_stride, problem.head_dim_v, row0, sequence.q_rows);
+        smem_q, RowPointer(params.out, tile.batch, tile.head, tile.q_begin), params.out.row_stride,
+        problem.head_dim_v, tile.row0, tile.q_rows);
   }
 };
 

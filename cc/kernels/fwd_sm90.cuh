@@ -28,46 +28,38 @@
 
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
+#include "results_sm90.cuh"
 #include "row_scores.cuh"
 #include "softmax.cuh"
+#include "tiles_sm90.cuh"
 
 namespace jfa {
-
-// Position in a ring of kStages buffers; the parity of a buffer's barriers flips with each round.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32 parity = 0;
-  JFA_DEVICE void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 template <class C>
 struct FwdSm90 {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  static constexpr int kGroupThreads = 128;
-  static constexpr int kGroupRows = 64;  // of one warpgroup: M of wgmma
+  using Results = ResultsSm90<C>;
+  static constexpr int kGroupThreads = Results::kGroupThreads;
+  static constexpr int kGroupRows = Results::kGroupRows;
   static constexpr int kConsumers = C::kBlockM / kGroupRows;
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
-  static constexpr int kOutBlocks = C::kHeadDimV / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
   // among sequences or segments a producer needs more than to walk over plain ones.
   static constexpr bool kSearches = C::kPacked || C::kSegments;
-  static constexpr int kProducerRegisters = kSearches ? 56 : kConsumers == 3 ? 32 : 40;
+  static constexpr int kProducerRegisters = kSearches                    ? 56
+                                            : kConsumers < 3             ? 40
+                                            : (C::kSoftcap || C::kAlibi) ? 56
+                                                                         : 32;
   static constexpr int kConsumerRegisters =
       kConsumers == 1 ? 256 : (512 - kProducerRegisters) / kConsumers / 8 * 8;
 
   // Tiles lie in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are
   // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
-  static constexpr int kPanelColumns = 64;
-  static constexpr int kRowBytes = 2 * kPanelColumns;
+  static constexpr int kPanelColumns = Results::kPanelColumns;
+  static constexpr int kRowBytes = Results::kRowBytes;
   static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
-  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = Results::kPanels;
   static constexpr int kPanelBytesM = C::kBlockM * kRowBytes;
   static constexpr int kPanelBytesN = C::kBlockN * kRowBytes;
   static constexpr int kBytesQ = kPanels * kPanelBytesM;
@@ -78,9 +70,7 @@ struct FwdSm90 {
   static constexpr int kSmemK = C::kStagesQ * kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
-  static constexpr int kPanelBytesOut = kGroupRows * kRowBytes;
-  static constexpr int kBytesOut = kPanelsV * kPanelBytesOut;  // of one warpgroup
-  static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * kBytesOut : 0);
+  static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
   static constexpr int kTileSlots = 3, kSlotBytes = 256;
   static constexpr int kSmemTiles =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
@@ -106,7 +96,7 @@ struct FwdSm90 {
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
-  using Output = float[1][2 * kOutBlocks][4];
+  using Output = typename Results::Output;
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
   using Place = RowScores<4, 1, kKeySteps>;
@@ -115,95 +105,12 @@ struct FwdSm90 {
     return smem + kSmemBarriers + 8 * (barrier + stage);
   }
 
-  // One row tile of one query head.
-  struct Tile {
-    int row0, batch, head, kv_head;
-    Sequence sequence;
-  };
-
-  // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
-  // long and a short one, all equally long, which CTAs that stay can share evenly; middle tiles,
-  // where there is an odd number, come after all pairs. Where items are alike, those of one key head
-  // follow each other, while the L2 has its keys.
-  struct TileWalk {
-    const FwdSm90Params& params;
-    int num_row_tiles, blocks_per_head;
-    uint32 num_items, item;
-    bool second = false;
-
-    JFA_DEVICE explicit TileWalk(const FwdSm90Params& p)
-        : params(p),
-          num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
-          blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
-          num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
-          item(blockIdx.x) {}
-
-    JFA_DEVICE uint32 NumHeads() const {
-      return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
-    }
-
-    // False at the end. All lanes of a warp together.
-    JFA_DEVICE bool Next(Tile* tile) {
-      const ProblemParams& problem = params.fwd.problem;
-      while (item < num_items) {
-        const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
-        const bool alike = kMask != MaskKind::kCausal || params.paired;
-        WorkItem work;
-        if (item < middles) {
-          work = ScheduleWork(
-              item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
-              static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-              alike ? 0 : C::kL2Bytes);
-        } else {
-          const int head = item - middles;
-          work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
-        }
-        const bool last_first = kMask != MaskKind::kFull && !second;
-        second = params.paired && !second && item < middles;
-        if (!second) item += gridDim.x;
-        if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
-          continue;
-        }
-        tile->row0 = work.block * C::kBlockM;
-        tile->batch = work.batch;
-        tile->head = work.head;
-        tile->kv_head = work.head / problem.group;
-        return true;
-      }
-      return false;
-    }
-  };
-
-  using Mask = BandMask<kMask>;
-  using Ids = SegmentIds<C::kSegments>;
-  using Keys = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>;
-  static JFA_DEVICE Keys KeysOf(const Tile& tile, const Mask& mask, const Ids& ids) {
-    return Keys::template Of<kWarpSize>(mask, ids, tile.row0, nullptr);
-  }
-
-  // A tile, and all that its scores go through. The producer makes it, and hands it to the
-  // consumers in shared memory.
-  struct Work {
-    Tile tile;  // row0 -1: there are no more
-    Mask mask;
-    Ids ids;
-    Keys keys;
-    LogitMap<C::kSoftcap, C::kAlibi> logits;
-
-    // By a whole warp, whose leader writes; part by part, to save registers.
-    JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
-      if (leader) tile = t;
-      const Mask new_mask(problem, t.sequence);
-      if (leader) mask = new_mask;
-      const Ids new_ids(problem, t.batch, t.kv_head);
-      if (leader) ids = new_ids;
-      const Keys new_keys = KeysOf(t, new_mask, new_ids);
-      if (leader) keys = new_keys;
-      __syncwarp();
-      if (leader) logits = {problem, t.sequence, t.batch, t.head};
-      __syncwarp();
-    }
-  };
+  using Tiles = TilesSm90<C>;
+  using Tile = typename Tiles::Tile;
+  using TileWalk = typename Tiles::Walk;
+  using Mask = typename Tiles::Mask;
+  using Keys = typename Tiles::Keys;
+  using Work = typename Tiles::Work;
   static_assert(sizeof(Work) <= kSlotBytes, "a tile must fit in its slot");
   static JFA_DEVICE Work* Slot(unsigned char* smem, int slot) {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
@@ -253,9 +160,10 @@ struct FwdSm90 {
       t.Advance();
       // From here on the tile is read where it was written, to save registers.
       bool is_first = true;
-      int block = slot->keys.First();
+      Keys keys = slot->keys;
+      int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
-      for (; block >= 0; block = slot->keys.Next(block)) {
+      for (; block >= 0; block = keys.Next(block)) {
         const int row = slot->tile.sequence.kv_begin + block * C::kBlockN;
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
@@ -332,7 +240,8 @@ struct FwdSm90 {
   }
 
   // Scores to logits, -inf where a row doesn't see a key.
-  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, int group, int block) {
+  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, int group, int block,
+                                    bool one_segment) {
     const int key0 = block * C::kBlockN;
     // Warps count from the producer's on.
     const int row0 = work.tile.row0 - kGroupRows;
@@ -342,9 +251,7 @@ struct FwdSm90 {
       Place::HideBand(s, work.mask, row0, key0);
     }
     if constexpr (C::kSegments) {
-      if (!work.keys.keys.template RangeOf<C::kBlockN>(block).IsOneWith(work.keys.own)) {
-        Place::HideOtherSegments(s, work.ids, row0, key0);
-      }
+      if (!one_segment) Place::HideOtherSegments(s, work.ids, row0, key0);
     }
   }
 
@@ -428,7 +335,8 @@ struct FwdSm90 {
         Output zeros;
         Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
-        Store(params, smem, group, work.tile, StoreLse(params, work.tile, nothing), zeros);
+        Results::Store(params, smem + kSmemOut, kGroup + group, group, work.tile,
+                       Results::StoreLse(params, work.tile, nothing), zeros);
         release(slot);
         slot = wait_tile();
         work = *Slot(smem_pointer, slot);
@@ -436,8 +344,8 @@ struct FwdSm90 {
       return false;
     };
 
-    // A tile's first blocks may lie to the right of all that this warpgroup's rows see: it lets them
-    // pass, at most the one or two that begin between its last row's keys and the tile's.
+    // A tile's first blocks may lie to the right of all that this warpgroup's rows see: it lets
+    // them pass, at most the one or two that begin between its last row's keys and the tile's.
     int hidden_blocks = 0;
     const auto skip_hidden = [&](int first) {
       if constexpr (kMask != MaskKind::kFull) {
@@ -489,13 +397,14 @@ struct FwdSm90 {
       block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
       ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+      bool one_segment = work.keys.one_segment;
       int next = work.keys.Next(block);
       WgmmaWait<0>();
       Pin(s);
       Arrive(Address(smem, kEmptyK, k.stage));
       k.Advance();
       if (next < 0) Arrive(empty_q);
-      MakeLogits(s, work, group, block);
+      MakeLogits(s, work, group, block, one_segment);
       softmax.Follow(s, factor);
       Weigh(s, softmax);
       Pack(p, s);
@@ -524,16 +433,17 @@ struct FwdSm90 {
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
         PassTurn(group);
         if (is_first) {
-          normalizer = StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+          normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
           softmax = OnlineSoftmax<1>(work.logits.Scale());
         }
+        one_segment = work.keys.one_segment;
         next = work.keys.Next(block);
         WgmmaWait<1>();
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
         if (next < 0) Arrive(empty_q);
-        MakeLogits(s, work, group, block);
+        MakeLogits(s, work, group, block, one_segment);
         const bool rescale = softmax.Follow(s, factor);
         Weigh(s, softmax);
         WgmmaWait<0>();
@@ -542,7 +452,8 @@ struct FwdSm90 {
         v.Advance();
         Pack(p, s);
         if (is_first) {
-          Store(params, smem, group, Slot(smem_pointer, done)->tile, normalizer, out);
+          Results::Store(params, smem + kSmemOut, kGroup + group, group,
+                         Slot(smem_pointer, done)->tile, normalizer, out);
           release(done);
           Clear(out);
           skip_hidden_values();
@@ -554,127 +465,17 @@ struct FwdSm90 {
 
       MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
       OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
-      normalizer = StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+      normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
       WgmmaWait<0>();
       Pin(out);
       Arrive(Address(smem, kEmptyV, v.stage));
       v.Advance();
-      Store(params, smem, group, Slot(smem_pointer, done)->tile, normalizer, out);
+      Results::Store(params, smem + kSmemOut, kGroup + group, group, Slot(smem_pointer, done)->tile,
+                     normalizer, out);
       release(done);
       more = skip_empty();
     }
     TmaStoreWaitRead();
-  }
-
-  // Four words of each of four lanes: lane t gets everybody's word t.
-  static JFA_DEVICE void Transpose(uint32 (&w)[4], int t) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool high = t & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32 got = __shfl_xor_sync(kFullWarp, high ? w[i] : w[i | bit], bit);
-        (high ? w[i] : w[i | bit]) = got;
-      }
-    }
-  }
-
-  // Returns the factors of this lane's two rows of output.
-  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile,
-                                    const OnlineSoftmax<1>& softmax) {
-    const ProblemParams& problem = params.fwd.problem;
-    const Sequence& sequence = tile.sequence;
-    float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head) + sequence.q_begin;
-    const float sink = params.fwd.sinks == nullptr
-                           ? -Infinity()
-                           : __ldg(params.fwd.sinks +
-                                   static_cast<int64>(tile.batch) * problem.num_heads + tile.head);
-    const bool writes = ReadLaneIndex() % 4 == 0;
-    float normalizer[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const OnlineSoftmax<1>::Result result = softmax.Finalize(half, sink);
-      const int row = Place::RowOf(tile.row0 - kGroupRows, half);
-      if (writes && row < sequence.q_rows) {
-        lse[row] = row < sequence.q_len ? result.lse : -Infinity();
-      }
-      normalizer[half] = result.normalizer;
-    }
-    return make_float2(normalizer[0], normalizer[1]);
-  }
-
-  // Normalises and writes out.
-  static JFA_DEVICE void Store(const FwdSm90Params& params, uint32 smem, int group,
-                               const Tile& tile, float2 normalizer, const Output& out) {
-    // The copy engine knows the array's end, not a packed sequence's.
-    if (C::kStageOut &&
-        !(C::kPacked && tile.row0 + (group + 1) * kGroupRows > tile.sequence.q_rows)) {
-      StoreByEngine(params, smem + kSmemOut + group * kBytesOut, group, tile, normalizer, out);
-    } else if (C::kPacked || !C::kStageOut) {
-      StoreDirectly(params, tile, normalizer, out);
-    }
-  }
-
-  // A select, not a product with zero: padding rows of Q may have made NaN.
-  static JFA_DEVICE uint32 PackPair(const float* x, float factor, bool valid) {
-    return valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
-  }
-
-  // Through shared memory of the warpgroup's own.
-  static JFA_DEVICE void StoreByEngine(const FwdSm90Params& params, uint32 smem_out, int group,
-                                       const Tile& tile, float2 normalizer, const Output& out) {
-    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
-    if (thread == 0) TmaStoreWaitRead();  // for the tile before
-    const int row0 = tile.row0 - kGroupRows, q_len = tile.sequence.q_len;
-    const bool valid0 = Place::RowOf(row0, 0) < q_len, valid1 = Place::RowOf(row0, 1) < q_len;
-    NamedBarrierSync(kGroup + group, kGroupThreads);
-    const uint32 base = smem_out + (thread / kWarpSize * 16 + (lane & 15)) * kRowBytes +
-                        (((lane >> 4) ^ (lane & 7)) << 4);
-#pragma unroll
-    for (int n = 0; n < kOutBlocks; ++n) {
-      const uint32 r[4] = {PackPair(&out[0][2 * n][0], normalizer.x, valid0),
-                           PackPair(&out[0][2 * n][2], normalizer.y, valid1),
-                           PackPair(&out[0][2 * n + 1][0], normalizer.x, valid0),
-                           PackPair(&out[0][2 * n + 1][2], normalizer.y, valid1)};
-      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytesOut, r);
-    }
-    FenceProxyAsync();
-    NamedBarrierSync(kGroup + group, kGroupThreads);
-    if (thread == 0) {
-#pragma unroll
-      for (int panel = 0; panel < kPanelsV; ++panel) {
-        TmaStore(&params.out, smem_out + panel * kPanelBytesOut, panel * kPanelColumns,
-                 tile.sequence.q_begin + tile.row0 + group * kGroupRows, tile.head, tile.batch);
-      }
-      TmaStoreCommit();
-    }
-  }
-
-  // Straight from registers: the four lanes that share a row exchange their columns until each has
-  // 16 consecutive bytes.
-  static JFA_DEVICE void StoreDirectly(const FwdSm90Params& params, const Tile& tile,
-                                       float2 normalizer, const Output& out) {
-    const int t = ReadLaneIndex() % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Place::RowOf(tile.row0 - kGroupRows, half);
-      const bool valid = row < tile.sequence.q_len;
-      uint16* target =
-          RowPointer(params.fwd.out, tile.batch, tile.head, tile.sequence.q_begin + row) + 8 * t;
-#pragma unroll
-      for (int n = 0; n < C::kHeadDimV / 32; ++n) {
-        uint32 w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          w[i] = PackPair(&out[0][4 * n + i][2 * half], half ? normalizer.y : normalizer.x, valid);
-        }
-        Transpose(w, t);
-        if (row < tile.sequence.q_rows && 32 * n + 8 * t < params.fwd.problem.head_dim_v) {
-          StoreGlobal16(target + 32 * n, w);
-        }
-      }
-    }
   }
 
   static JFA_DEVICE void Run(const FwdSm90Params& params, unsigned char* smem_pointer) {

@@ -14,9 +14,9 @@ template <bool kSoftcap, bool kAlibi>
 struct LogitMap {
   static constexpr bool kPlain = !kSoftcap && !kAlibi;
 
-  float inner;   // of the score, before tanh
-  float outer;   // after it: to log2 units
-  float slope;   // in log2 units
+  float inner;  // of the score, before tanh
+  float outer;  // after it: to log2 units
+  float slope;  // in log2 units
   int offset;
 
   JFA_DEVICE LogitMap(const ProblemParams& p, const Sequence& sequence, int batch, int head)

@@ -19,8 +19,6 @@
 
 namespace jfa {
 
-enum class MaskKind { kFull, kCausal, kLocal };
-
 struct BlockRange {
   int begin, end;
   JFA_DEVICE bool IsEmpty() const { return begin >= end; }
@@ -133,7 +131,9 @@ struct KeyWalk {
   BlockRange band;
   int sink_blocks;
   SegmentSide<kSegments> keys;
-  SegmentRange own;  // ids of the rows
+  SegmentRange own;    // ids of the rows
+  SegmentRange ahead;  // ids of the block below the one returned last
+  bool one_segment;    // whether all pairs of the block returned last have one id
 
   template <int kThreads>
   static JFA_DEVICE KeyWalk Of(const BandMask<kKind>& mask, const SegmentIds<kSegments>& ids,
@@ -141,30 +141,53 @@ struct KeyWalk {
     KeyWalk walk;
     walk.band = mask.template KeyBlocks<kBlockN>(row0, row0 + kBlockM);
     walk.sink_blocks = mask.template SinkBlocks<kBlockN>(row0, row0 + kBlockM);
-    if (!walk.band.IsEmpty()) {
-      // Without causality sink tokens may lie to the right of the window too.
+    if (walk.band.IsEmpty()) {
+      walk.band = {walk.sink_blocks, walk.sink_blocks};
+    } else if (walk.sink_blocks > walk.band.begin) {
+      // They touch: the sinks may even reach beyond the band.
       walk.band.end = Max(walk.band.end, walk.sink_blocks);
-      walk.sink_blocks = Min(walk.sink_blocks, walk.band.begin);
+      walk.sink_blocks = walk.band.begin;
     }
     walk.keys = ids.keys;
     if constexpr (kSegments) {
       walk.own = ids.queries.template RangeOf<kBlockM>(row0 / kBlockM);
       ids.keys.template Narrow<kBlockN, kThreads>(walk.own, &walk.band.begin, &walk.band.end, smem);
+      if (walk.band.IsEmpty()) walk.band = {walk.sink_blocks, walk.sink_blocks};
     }
-    if (walk.band.IsEmpty()) walk.band = {walk.sink_blocks, walk.sink_blocks};
     return walk;
   }
 
-  JFA_DEVICE int First() const { return Next(band.end); }
-  JFA_DEVICE int Next(int block) const {
-    do {
-      --block;
-      if (block < band.begin) {
-        if constexpr (!BandMask<kKind>::kHasSinks) return -1;
-        block = Min(block, sink_blocks - 1);
+  JFA_DEVICE int First() {
+    const int block = Below(band.end);
+    if constexpr (kSegments) ahead = Range(block);
+    return Settle(block, block >= band.begin);
+  }
+  JFA_DEVICE int Next(int block) { return Settle(Below(block), false); }
+
+ private:
+  // The first block from `block` on that meets the rows' ids, whose range is in `ahead`. Ids are
+  // read a block ahead, so that nobody waits for them; nor if it is known that they meet.
+  JFA_DEVICE int Settle(int block, bool known_to_meet) {
+    if constexpr (kSegments) {
+      SegmentRange range = ahead;
+      if (!known_to_meet) {
+        while (block >= 0 && !range.Meets(own)) {
+          block = Below(block);
+          range = Range(block);
+        }
       }
-    } while (block >= 0 && !keys.template Meets<kBlockN>(block, own));
+      one_segment = range.IsOneWith(own);
+      ahead = Range(Below(block));
+    }
     return block;
+  }
+  JFA_DEVICE SegmentRange Range(int block) const {
+    return keys.template RangeOf<kBlockN>(Max(block, 0));
+  }
+  JFA_DEVICE int Below(int block) const {
+    --block;
+    if (block >= band.begin) return block;
+    return BandMask<kKind>::kHasSinks ? Min(block, sink_blocks - 1) : -1;
   }
 };
 

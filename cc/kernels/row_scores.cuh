@@ -1,5 +1,6 @@
 // The scores of a row tile times a key block, as the kernels that walk keys hold them: warp w has
-// the 16-row blocks w, w + kWarps, ... Where each element is, and what becomes of it before softmax.
+// the 16-row blocks w, w + kWarps, ... Where each element is, and what becomes of it before
+// softmax.
 //
 // Row and key numbers are found anew where they are needed: kept through the loop they would spill.
 #ifndef JAX_FLASHATTN_CC_KERNELS_ROW_SCORES_CUH_

@@ -33,7 +33,7 @@ struct SegmentSide<true> {
   static constexpr int kGranule = 32;  // tokens of a range in memory: SEGMENT_BLOCK in Python
 
   const int* ids;
-  const int* ranges;
+  const int2* ranges;  // lowest and highest id
   int length;
 
   JFA_DEVICE int Id(int token) const { return __ldg(ids + Min(token, length - 1)); }
@@ -46,9 +46,9 @@ struct SegmentSide<true> {
 #pragma unroll
     for (int i = 0; i < kBlock / kGranule; ++i) {
       // The last range again changes nothing.
-      const int at = Min(block * (kBlock / kGranule) + i, last) * 2;
-      range.low = Min(range.low, __ldg(ranges + at));
-      range.high = Max(range.high, __ldg(ranges + at + 1));
+      const int2 ends = __ldg(ranges + Min(block * (kBlock / kGranule) + i, last));
+      range.low = Min(range.low, ends.x);
+      range.high = Max(range.high, ends.y);
     }
     return range;
   }
@@ -65,6 +65,7 @@ struct SegmentSide<true> {
   JFA_DEVICE void Narrow(const SegmentRange& other, int* begin, int* end, int* smem) const {
     constexpr int kWarps = kThreads / kWarpSize;
     int first = *end, last = -1;
+#pragma unroll 4  // loads in flight together
     for (int block = *begin + static_cast<int>(threadIdx.x % kThreads); block < *end;
          block += kThreads) {
       if (Meets<kBlock>(block, other)) {
@@ -107,8 +108,8 @@ struct SegmentIds {
  private:
   static JFA_DEVICE SegmentSide<kOn> Side(const int* ids, const int* ranges, int64 head,
                                           int length) {
-    return {ids + head * length,
-            ranges + head * CeilDiv(length, SegmentSide<kOn>::kGranule) * 2, length};
+    const int num_ranges = CeilDiv(length, SegmentSide<kOn>::kGranule);
+    return {ids + head * length, reinterpret_cast<const int2*>(ranges) + head * num_ranges, length};
   }
 };
 
