@@ -56,8 +56,7 @@ JFA_DEVICE void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- the tensor copy engine
-// -----------------------------------------------------------------------
+// --- the tensor copy engine ---
 
 // Orders this thread's plain accesses to shared memory before those of the copy engine and wgmma.
 JFA_DEVICE void FenceProxyAsync() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -94,8 +93,7 @@ JFA_DEVICE void TmaStoreWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// --- registers
-// ------------------------------------------------------------------------------------
+// --- registers ---
 
 template <int kRegisters>
 JFA_DEVICE void ReleaseRegisters() {
@@ -106,8 +104,7 @@ JFA_DEVICE void ClaimRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// --- wgmma: d += a b for a warpgroup, a 64 x 16, b 16 x kN, d 64 x kN in f32
-// --------------------------
+// --- wgmma: d += a b for a warpgroup, a 64 x 16, b 16 x kN, d 64 x kN in f32 ---
 
 // Orders register accesses before the wgmmas that follow.
 JFA_DEVICE void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
