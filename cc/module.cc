@@ -120,6 +120,12 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
     row["config"] = config;
     row["threads"] = kernel.threads;
     row["smem_bytes"] = kernel.smem_bytes;
+    // Without NVRTC, whose version is part of it, there is no key.
+    std::string key;
+    row["key"] = nb::none();
+    if (jfa::jit::CacheKey(kernel.symbol, jfa::SourceStub(kernel), jfa::ArchName(arch), &key).ok()) {
+      row["key"] = key;
+    }
     kernels.append(row);
   }
   dict["arch"] = jfa::ArchName(arch);
