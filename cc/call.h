@@ -94,7 +94,8 @@ struct Call {
   void *cu_seqlens_q = nullptr, *cu_seqlens_kv = nullptr;
 };
 
-// What changes code; from attributes alone, since a runtime need not show operands while it compiles.
+// What changes code; from attributes alone, since a runtime need not show operands while it
+// compiles.
 Status ReadVariant(Op op, const Attributes& attrs, Variant* variant);
 
 // Checks everything; the error names the operand, what was expected and what was there.

@@ -207,8 +207,8 @@ Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordi
     // No tile of queries is there to clear them. Everything else the kernels fill themselves, for
     // no keys too.
     const size_t heads = call.sizes.batch * call.sizes.num_kv_heads * call.sizes.group;
-    JFA_RETURN_IF_ERROR(launch::FillBytes(
-        call.dslopes, 0, heads * call.slope_partials * sizeof(float), stream));
+    JFA_RETURN_IF_ERROR(
+        launch::FillBytes(call.dslopes, 0, heads * call.slope_partials * sizeof(float), stream));
   }
   const ArchKernels* kernels;  // loaded by Initialize: one atomic load here
   JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));

@@ -123,7 +123,8 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
     // Without NVRTC, whose version is part of it, there is no key.
     std::string key;
     row["key"] = nb::none();
-    if (jfa::jit::CacheKey(kernel.symbol, jfa::SourceStub(kernel), jfa::ArchName(arch), &key).ok()) {
+    if (jfa::jit::CacheKey(kernel.symbol, jfa::SourceStub(kernel), jfa::ArchName(arch), &key)
+            .ok()) {
       row["key"] = key;
     }
     kernels.append(row);

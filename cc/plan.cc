@@ -411,8 +411,7 @@ int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
 }
 
 // The layout is BwdScratch in kernels/kv_source.cuh.
-int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len,
-                      int64_t num_sequences) {
+int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences) {
   if (variant.op == Op::kFwd) return 0;
   return group * ScratchRows(q_len, num_sequences) *
          (2 + (variant.deterministic ? 0 : ClassesOf(variant).head_dim));

@@ -38,7 +38,7 @@ for _p in (_fwd_p, _bwd_p):
 def variant(
     spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it. q and v: anything with dtype and shape."""
+    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count."""
     features = {
         "softcap": spec.soft_cap is not None,
         "alibi": "alibi_slopes" in spec.aux,
@@ -275,9 +275,7 @@ def _lower(
 
 
 def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
-    return _lower(
-        FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec
-    )
+    return _lower(FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec)
 
 
 def _lower_bwd(

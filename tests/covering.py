@@ -23,10 +23,11 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         row = dict(min(missing))
         for i, name in enumerate(names):
             if i not in row:
-                gain = lambda value, i=i, row=row: sum(
-                    tuple(sorted([(i, value), other])) in missing for other in row.items()
-                )
-                row[i] = max(range(len(factors[name])), key=lambda value: (gain(value), -value))
+                gains = [
+                    sum(tuple(sorted([(i, value), other])) in missing for other in row.items())
+                    for value in range(len(factors[name]))
+                ]
+                row[i] = gains.index(max(gains))
         missing -= set(itertools.combinations(sorted(row.items()), 2))
         rows.append({name: factors[name][row[i]] for i, name in enumerate(names)})
     return rows

@@ -5,6 +5,7 @@ is `scripts/compile_all.py`.
 """
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ FACTORS = {
 
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    if symbol.startswith(("jfa_fwd", "jfa_bwd")) and "process" not in symbol:
-        return 64 if any(x in symbol for x in ("_d128", "x128", "_unaligned")) else 24
-    return 0
+    if "process" in symbol or re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol):
+        return 0
+    return 64
 
 
 def variants(arch: int):

@@ -127,8 +127,16 @@ def test_lengths(name):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(cu_seqlens_q=np.zeros(1, int)), ValueError, r"cu_seqlens_q must have shape \[n \+ 1\]"),
-        (dict(cu_seqlens_q=np.zeros(3)), TypeError, r"cu_seqlens_q must have an integer dtype"),
+        (
+            dict(cu_seqlens_q=np.zeros(1, int), cu_seqlens_kv=np.zeros(1, int)),
+            ValueError,
+            r"cu_seqlens_q must have shape \[n \+ 1\] .* got \(1,\)",
+        ),
+        (
+            dict(cu_seqlens_q=np.zeros(3), cu_seqlens_kv=np.zeros(3)),
+            TypeError,
+            r"cu_seqlens_q must have an integer dtype, got float",
+        ),
         (dict(cu_seqlens_q=np.zeros(3, int)), ValueError, r"cu_seqlens_kv must be given where"),
         (
             dict(cu_seqlens_q=np.zeros(3, int), cu_seqlens_kv=np.zeros(4, int)),

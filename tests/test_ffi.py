@@ -66,7 +66,7 @@ def test_valid_call():
         ),
         (
             lambda: forward(Q, K, V, jnp.zeros((2, 5), jnp.int32), **given("q_segment_ids")),
-            "segment_ids",
+            "attribute aux must be with segment ids of both sides",
         ),
         (
             lambda: forward(Q, K, V, jnp.zeros((2, 5), jnp.int32), **given("cu_seqlens_q")),
