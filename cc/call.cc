@@ -15,8 +15,8 @@ namespace {
 
 // Sums of two positions must fit an int in the kernels.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
-// Kernels read and write 16 bytes of q, k, v, their gradients and scratch at a time, single words of
-// the optional arrays. XLA aligns buffers to more.
+// Kernels read and write 16 bytes of q, k, v, their gradients and scratch at a time, single words
+// of the optional arrays. XLA aligns buffers to more.
 constexpr uintptr_t kAlignment = 16;
 constexpr uintptr_t kWordAlignment = 4;
 constexpr int64_t kSegmentBlock = 32;  // SegmentSide::kGranule
@@ -166,7 +166,8 @@ std::string CheckAttributes(Op op, const Attributes& a) {
   if (a.has_dslopes && !a.Has(kAlibiSlopes)) {
     return got("aux", "with alibi_slopes if their gradient is asked for", a.aux);
   }
-  for (const auto& [name, dim] : {std::pair{"head_dim", a.head_dim}, {"head_dim_v", a.head_dim_v}}) {
+  for (const auto& [name, dim] :
+       {std::pair{"head_dim", a.head_dim}, {"head_dim_v", a.head_dim_v}}) {
     if (dim < 1 || dim > kMaxLength) return got(name, "at least 1", dim);
   }
   if (a.arch != 0 && (a.arch < 50 || a.arch > 999)) {
@@ -198,8 +199,8 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
     }
   }
   if (!reader.ok()) return;
-  if (sizes.num_kv_heads < 1 || sizes.group < 1 ||
-      sizes.num_kv_heads * sizes.group > kMaxLength || sizes.batch * sizes.num_kv_heads > INT_MAX) {
+  if (sizes.num_kv_heads < 1 || sizes.group < 1 || sizes.num_kv_heads * sizes.group > kMaxLength ||
+      sizes.batch * sizes.num_kv_heads > INT_MAX) {
     reader.Fail("heads must be at least 1 and not huge, got q " + Text(q) + ", v " + Text(v));
   }
   const auto expect = [&](const char* name, const Tensor& x, int64_t dim) {
@@ -240,13 +241,11 @@ void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   call->q_lengths = read(kQLengths, "q_lengths", {B, K});
   call->kv_lengths = read(kKvLengths, "kv_lengths", {B, K});
   call->q_segment_ids = read(kQSegmentIds, "q_segment_ids", {B, K, sizes.q_len});
-  call->q_segment_ranges =
-      read(kQSegmentIds, "q_segment_ranges", {B, K, blocks(sizes.q_len), 2});
+  call->q_segment_ranges = read(kQSegmentIds, "q_segment_ranges", {B, K, blocks(sizes.q_len), 2});
   call->kv_segment_ids = read(kKvSegmentIds, "kv_segment_ids", {B, K, sizes.kv_len});
   call->kv_segment_ranges =
       read(kKvSegmentIds, "kv_segment_ranges", {B, K, blocks(sizes.kv_len), 2});
-  call->alibi_slopes =
-      read(kAlibiSlopes, "alibi_slopes", {B, K, sizes.group}, ElementType::kF32);
+  call->alibi_slopes = read(kAlibiSlopes, "alibi_slopes", {B, K, sizes.group}, ElementType::kF32);
   call->sinks = read(kSinks, "sinks", {B, K, sizes.group}, ElementType::kF32);
   call->cu_seqlens_q = read(kCuSeqlensQ, "cu_seqlens_q", {B, K, n + 1});
   call->cu_seqlens_kv = read(kCuSeqlensKv, "cu_seqlens_kv", {B, K, n + 1});
@@ -350,8 +349,7 @@ Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const Te
     call->dv = reader.NextRet("dv", dtype, {B, K, S, Hv});
     call->slope_partials = SlopePartials(S, sizes.num_sequences);
     if (attrs.has_dslopes) {
-      call->dslopes =
-          reader.NextRet("dslopes", ElementType::kF32, {B, K, G, call->slope_partials});
+      call->dslopes = reader.NextRet("dslopes", ElementType::kF32, {B, K, G, call->slope_partials});
     }
     call->scratch_floats =
         std::max<int64_t>(1, ScratchFloats(call->variant, G, T, sizes.num_sequences));

@@ -12,8 +12,8 @@ namespace {
 
 using driver::Cuda;
 
-// What a kernel may use without asking.
-constexpr int kDefaultSharedBytes = 48 * 1024;
+// Dynamic shared memory that a kernel may use without asking: 48 KB, less what it has statically.
+constexpr int kDefaultSharedBytes = 47 * 1024;
 
 struct LoadedKernels {
   std::mutex mutex;

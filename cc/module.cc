@@ -103,6 +103,7 @@ nb::dict ToDict(const jfa::jit::Result& result) {
   dict["registers"] = kernel.resources.registers;
   dict["local_bytes"] = kernel.resources.local_bytes;
   dict["spill_bytes"] = kernel.resources.spill_bytes;
+  dict["log"] = kernel.log;
   dict["cubin"] = nb::bytes(kernel.cubin.data(), kernel.cubin.size());
   return dict;
 }
@@ -122,6 +123,13 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
     row["config"] = config;
     row["threads"] = kernel.threads;
     row["smem_bytes"] = kernel.smem_bytes;
+    // Without NVRTC, whose version is part of it, there is no key.
+    std::string key;
+    row["key"] = nb::none();
+    if (jfa::jit::CacheKey(kernel.symbol, jfa::SourceStub(kernel), jfa::ArchName(arch), &key)
+            .ok()) {
+      row["key"] = key;
+    }
     kernels.append(row);
   }
   dict["arch"] = jfa::ArchName(arch);

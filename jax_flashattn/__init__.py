@@ -6,6 +6,9 @@ and backward, under `jax.jit`, `jax.grad`, `jax.vmap`, `jax.checkpoint` and `jax
 
 from jax_flashattn._api import attention as attention
 from jax_flashattn._api import attention_varlen as attention_varlen
+from jax_flashattn._explain import Explanation as Explanation
+from jax_flashattn._explain import explain as explain
+from jax_flashattn._spec import KernelNotCachedError as KernelNotCachedError
 from jax_flashattn._spec import UnsupportedError as UnsupportedError
 
 __version__ = "0.1.0"

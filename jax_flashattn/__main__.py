@@ -12,6 +12,9 @@ import jax
 import jax_flashattn
 from jax_flashattn import _bench, _bench_cuda, _native
 
+BACKWARD_FEATURES = ("deterministic", "dslopes")
+FEATURES = ("softcap", "alibi", "segments", "packed", *BACKWARD_FEATURES)
+
 
 def _info(args: argparse.Namespace) -> None:
     print(f"jax_flashattn {jax_flashattn.__version__}, jax {jax.__version__}")
@@ -66,16 +69,14 @@ def _warmup(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         sys.exit(f"no GPU to compile for ({error}); name one with --arch, as 80 or 90")
     jobs = list(
-        itertools.product(
-            args.op, args.dtype, args.head_dim, args.causal, args.deterministic, archs
-        )
+        itertools.product(args.op, args.dtype, args.head_dim, args.mask, args.features, archs)
     )
 
-    def compile_one(job: tuple[str, str, tuple[int, int], bool, bool, int]) -> int:
-        op, dtype, (head_dim, head_dim_v), is_causal, deterministic, arch = job
-        return len(
-            _native.cuda_warm(op, dtype, head_dim, head_dim_v, is_causal, deterministic, arch)
-        )
+    def compile_one(job: tuple[str, str, tuple[int, int], str, list[str], int]) -> int:
+        op, dtype, (head_dim, head_dim_v), mask, features, arch = job
+        if op == "fwd":
+            features = [x for x in features if x not in BACKWARD_FEATURES]
+        return len(_native.cuda_warm(op, dtype, head_dim, head_dim_v, mask, features, arch))
 
     width = max(10, shutil.get_terminal_size().columns - 40)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -93,6 +94,14 @@ def _bench_command(args: argparse.Namespace) -> None:
         _bench.run(args.output)
     else:
         _bench_cuda.run(args.output)
+
+
+def _features(text: str) -> list[str]:
+    features = [] if text == "none" else text.split("+")
+    for feature in features:
+        if feature not in FEATURES:
+            raise argparse.ArgumentTypeError(f"{feature!r} is none of {', '.join(FEATURES)}")
+    return features
 
 
 def _head_dims(text: str) -> tuple[int, int]:
@@ -117,11 +126,16 @@ def main() -> None:
     warmup.add_argument(
         "--head-dim", nargs="+", type=_head_dims, default=[(64, 64), (128, 128)], metavar="H[:Hv]"
     )
-    flags = {"yes": [True], "no": [False], "both": [False, True]}
-    for name, default in (("causal", "both"), ("deterministic", "no")):
-        warmup.add_argument(
-            f"--{name}", type=flags.__getitem__, default=flags[default], metavar="yes|no|both"
-        )
+    masks = ["full", "causal", "local"]
+    warmup.add_argument("--mask", nargs="+", choices=masks, default=masks[:2])
+    warmup.add_argument(
+        "--features",
+        nargs="+",
+        type=_features,
+        default=[[]],
+        metavar="none|" + "|".join(FEATURES),
+        help="joined by +, such as none softcap+packed; 'local' is the mask of any window",
+    )
     warmup.add_argument("--arch", nargs="+", type=int, help="such as 80 90; default: the GPUs here")
     warmup.add_argument("--jobs", type=int, default=None, help="how many at once")
     warmup.set_defaults(run=_warmup)

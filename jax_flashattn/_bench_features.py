@@ -44,10 +44,13 @@ def document_lengths() -> list[int]:
 def _cases(heads: int) -> list[Case]:
     causal = partial(attention, is_causal=True)
     pairs = SEQ_LEN * (SEQ_LEN + 1) / 2
-    plain = lambda D: Case("causal", D, SEQ_LEN, pairs, causal)
-    capped = lambda D: Case(
-        "soft cap", D, SEQ_LEN, pairs, partial(causal, logits_soft_cap=30.0)
-    )
+
+    def plain(D):
+        return Case("causal", D, SEQ_LEN, pairs, causal)
+
+    def capped(D):
+        return Case("soft cap", D, SEQ_LEN, pairs, partial(causal, logits_soft_cap=30.0))
+
     lengths = document_lengths()
     of_documents = sum(n * (n + 1) / 2 for n in lengths)
     ends = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)

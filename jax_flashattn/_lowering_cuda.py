@@ -4,6 +4,7 @@ Their layouts equal `[B, T, N, H]` memory, so that batch and key heads lead ever
 split alike, at the cost of bitcasts.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,12 @@ from jax.interpreters import mlir
 from jax_flashattn import _native
 from jax_flashattn._calls import Primitive, attributes
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, UnsupportedError
+from jax_flashattn._spec import (
+    PER_HEAD_AUX,
+    AttentionSpec,
+    KernelNotCachedError,
+    UnsupportedError,
+)
 from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
 
 MAX_HEAD_DIM = 256
@@ -32,7 +38,7 @@ for _p in (_fwd_p, _bwd_p):
 def variant(
     spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it. q and v: anything with dtype and shape."""
+    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count."""
     features = {
         "softcap": spec.soft_cap is not None,
         "alibi": "alibi_slopes" in spec.aux,
@@ -49,6 +55,26 @@ def variant(
         "mask": spec.mask_kind,
         "features": [name for name, given in features.items() if given],
     }
+
+
+def _require_cached(variant: dict[str, Any]) -> None:
+    """With `JFA_DISABLE_JIT=1`, raises KernelNotCachedError where a GPU of this machine would.
+
+    XLA compiles later and elsewhere, and its errors have no type.
+    """
+    if os.environ.get("JFA_DISABLE_JIT", "0") in ("", "0"):
+        return
+    try:
+        names = {device["arch"] for device in _native.cuda_devices()["devices"]}
+    except RuntimeError:
+        return  # for another machine
+    for name in names:
+        try:
+            _native.cuda_warm(**variant, arch=int(name.removeprefix("sm_").rstrip("af")))
+        except RuntimeError as error:
+            if "KernelNotCachedError" not in str(error):
+                raise
+            raise KernelNotCachedError(str(error).removeprefix("KernelNotCachedError: ")) from None
 
 
 def check_supported(q: Any, v: Any) -> None:
@@ -113,6 +139,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`fwd_p` by the CUDA kernels."""
     check_supported(q, v)
+    _require_cached(variant(spec, "fwd", q, v))
     B, T, N, _ = q.shape
     K = k.shape[2]
     operands = _split_heads(q, K), _keys_first(k), _keys_first(v), *_aux_operands(spec, aux, K)
@@ -126,6 +153,7 @@ def backward(
     """`bwd_p` by the CUDA kernels."""
     q, k, v, out, lse, dout, *rest = operands
     check_supported(q, v)
+    _require_cached(variant(spec, "bwd", q, v, has_dslopes=has_dslopes))
     B, T, N, _ = q.shape
     K = k.shape[2]
     rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
@@ -247,9 +275,7 @@ def _lower(
 
 
 def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
-    return _lower(
-        FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec
-    )
+    return _lower(FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec)
 
 
 def _lower_bwd(

@@ -13,7 +13,6 @@ from jax import lax
 from jax_flashattn import _spec
 from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
 
-
 MAX_WINDOW = np.iinfo(np.int32).max  # beyond, a side is open
 
 
@@ -88,9 +87,7 @@ def packed(
         )
     ends_q = _boundaries("cu_seqlens_q", cu_seqlens_q, batch, T)
     ends_kv = (
-        ends_q
-        if cu_seqlens_kv is None
-        else _boundaries("cu_seqlens_kv", cu_seqlens_kv, batch, S)
+        ends_q if cu_seqlens_kv is None else _boundaries("cu_seqlens_kv", cu_seqlens_kv, batch, S)
     )
     if ends_q.shape != ends_kv.shape:
         raise ValueError(
@@ -232,9 +229,7 @@ def _static_offset(query_offset: Any) -> int | str | None:
     return None
 
 
-def _offset_per_packed_sequence(
-    offset: Any, batch: Sequence[int], num_sequences: int
-) -> jax.Array:
+def _offset_per_packed_sequence(offset: Any, batch: Sequence[int], num_sequences: int) -> jax.Array:
     """int32 `[*batch, num_sequences]`; the batch axes may be left out."""
     shape = (*batch, num_sequences)
     x = _spec.int32_array(

@@ -75,7 +75,7 @@ def _mapped_size(args: Sequence[Any], dims: Sequence[int | None]) -> int:
     return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
 
 
-def _batch(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
+def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
     dims = [d if isinstance(d, int) else None for d in dims]
     size = _mapped_size(args, dims)
     folded = [_fold_into_batch(x, d, size) for x, d in zip(args, dims, strict=True)]

@@ -39,6 +39,10 @@ class UnsupportedError(NotImplementedError):
     """A valid call that the chosen implementation or platform can't serve."""
 
 
+class KernelNotCachedError(RuntimeError):
+    """`JFA_DISABLE_JIT=1` forbids to compile a kernel that the cache doesn't hold."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """Static description of one call.

@@ -1,22 +1,39 @@
-"""A few calls that reach every CUDA kernel, for `compute-sanitizer --tool memcheck python ...`."""
+"""Calls that reach every CUDA kernel, for `compute-sanitizer --tool memcheck python ...`."""
 
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-
+import jax
 import jax.numpy as jnp
-import numpy as np
 
-import oracle
+from jax_flashattn import attention, attention_varlen
 
-for H, Hv in ((64, 64), (128, 128), (256, 256), (40, 72), (17, 33)):
-    for deterministic in (False, True):
-        oracle.check(
-            *oracle.make_inputs(0, 2, 150, 267, 4, 2, H, Hv, jnp.bfloat16),
-            is_causal=True,
-            query_offset="end",
-            key_value_seq_lengths=np.array([267, 100], np.int32),
-            deterministic=deterministic,
-        )
-        print("checked", H, Hv, deterministic, flush=True)
+T, S = 150, 170
+IDS = jnp.arange(S, dtype=jnp.int32) // 40
+FEATURES = {
+    "plain": {},
+    "window": dict(local_window_size=(30, 5), sink_tokens=3),
+    "biases": dict(logits_soft_cap=5.0, alibi_slopes=jnp.ones(4), sinks=jnp.ones(4)),
+    "segments": dict(segment_ids=(IDS[:T], IDS)),
+    "packed": dict(
+        cu_seqlens_q=jnp.array([0, 60, 61, 140]), cu_seqlens_kv=jnp.array([0, 0, 90, 169])
+    ),
+}
+
+
+def loss(q, k, v, deterministic, features):
+    options = dict(is_causal=True, query_offset="end", deterministic=deterministic)
+    if "cu_seqlens_q" in features:
+        q, k, v = q[0], k[0], v[0]
+        return attention_varlen(q, k, v, **options, **features).astype(jnp.float32).sum()
+    options["key_value_seq_lengths"] = jnp.array([S, 70])
+    return attention(q, k, v, **options, **features).astype(jnp.float32).sum()
+
+
+for head_dim, head_dim_v in ((64, 64), (96, 40), (100, 100), (128, 128), (192, 128), (256, 256)):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v))
+    inputs = [jax.random.normal(*x, jnp.bfloat16) for x in zip(keys, shapes, strict=True)]
+    for name, features in FEATURES.items():
+        for deterministic in (False, True):
+            f = lambda q, k, v, d=deterministic, x=features: loss(q, k, v, d, x)
+            grads = jax.jit(jax.grad(f, (0, 1, 2)))(*inputs)
+            finite = all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in grads)
+            print(head_dim, head_dim_v, name, deterministic, finite)

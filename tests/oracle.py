@@ -41,8 +41,8 @@ def _tokens(B: int, length: int, lengths: Any, boundaries: Any) -> Tokens:
     sequence = np.full((B, length), -1)
     for b, ends in enumerate(np.broadcast_to(boundaries, (B, np.shape(boundaries)[-1]))):
         begin = 0
-        for number, end in enumerate(ends[1:]):
-            end = max(begin, min(int(end), length))
+        for number, boundary in enumerate(ends[1:]):
+            end = max(begin, min(int(boundary), length))
             position[b, begin:end] -= begin
             sequence[b, begin:end] = number
             begin = end
@@ -228,6 +228,7 @@ def check(q, k, v, dout, dlse, *, poison=None, **options) -> None:
     names = ("out", "lse", "dq", "dk", "dv", *(x for x in DIFFERENTIABLE_OPTIONS if x in arrays))
     for name, x, reference, low in zip(names, got, exact, twin, strict=True):
         assert x.dtype == (q.dtype if name in ("out", "dq", "dk", "dv") else jnp.float32), name
-        if x.shape != reference.shape:  # shared by the batch
-            reference, low = (y.astype(np.float64).sum(axis=0) for y in (reference, low))
-        assert_close(x, reference, low, dtype=q.dtype, what=name, terms=terms.get(name))
+        # Slopes and sinks of shape [N] are shared by the batch.
+        shared = x.shape != reference.shape
+        alike = [y.astype(np.float64).sum(axis=0) if shared else y for y in (reference, low)]
+        assert_close(x, *alike, dtype=q.dtype, what=name, terms=terms.get(name))

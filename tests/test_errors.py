@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashattn import UnsupportedError, attention
+from jax_flashattn import UnsupportedError, attention, attention_varlen
 
 
 def arrays(q=(2, 5, 4, 8), k=(2, 7, 2, 8), v=(2, 7, 2, 8), dtype=jnp.float32):
@@ -57,7 +57,10 @@ def test_not_an_array():
         jax.eval_shape(lambda k, v: attention([[[1.0]]], k, v), k, v)
 
 
-@pytest.mark.parametrize("name", ["scale", "is_causal", "return_lse"])
+@pytest.mark.parametrize(
+    "name",
+    ["scale", "is_causal", "return_lse", "local_window_size", "sink_tokens", "logits_soft_cap"],
+)
 def test_tracer_where_a_python_value_is_needed(name):
     q, k, v = (jnp.zeros(x.shape) for x in arrays())
     with pytest.raises(TypeError, match=rf"{name} must be a Python \w+, got a traced value"):
@@ -75,6 +78,31 @@ def test_tracer_where_a_python_value_is_needed(name):
         (dict(query_offset=1.5), TypeError, r"query_offset must be an integer array, got float"),
         (dict(query_offset=np.ones(2)), TypeError, r"query_offset must have an integer dtype"),
         (dict(query_offset=np.arange(3)), ValueError, r"query_offset .* shape \(2,\).* \(3,\)"),
+        (dict(local_window_size=-1), ValueError, r"local_window_size must be at least 0, got -1"),
+        (dict(local_window_size=(2, -1)), ValueError, r"local_window_size must be at least 0"),
+        (dict(local_window_size=(1, 2, 3)), ValueError, r"local_window_size must be .*got \(1, 2"),
+        (dict(local_window_size=1.5), TypeError, r"local_window_size must be a Python int"),
+        (dict(sink_tokens=1), ValueError, r"sink_tokens must come with a window or a causal mask"),
+        (dict(sink_tokens=-1), ValueError, r"sink_tokens must be at least 0, got -1"),
+        (dict(sinks=np.ones(3)), ValueError, r"sinks must have shape \(4,\).* got \(3,\)"),
+        (dict(sinks=np.ones((2, 4))), ValueError, r"sinks must have shape \(4,\), .* got \(2, 4\)"),
+        (dict(sinks=np.arange(4)), TypeError, r"sinks must have a floating dtype, got int"),
+        (dict(alibi_slopes=[1.0]), TypeError, r"alibi_slopes must be an array, got list"),
+        (dict(alibi_slopes=np.ones((4, 1))), ValueError, r"alibi_slopes must have shape \(4,\) or"),
+        (dict(logits_soft_cap=0), ValueError, r"logits_soft_cap must be positive, got 0"),
+        (dict(logits_soft_cap=np.inf), ValueError, r"logits_soft_cap must be finite, got inf"),
+        (dict(segment_ids=np.zeros(7, int)), ValueError, r"segment_ids must be a pair"),
+        (
+            dict(segment_ids=(np.zeros(7, int), np.zeros(7, int))),
+            ValueError,
+            r"segment_ids of queries must have shape \(2, 5\) or \(5,\), got shape \(7,\)",
+        ),
+        (
+            dict(segment_ids=(np.zeros(5), np.zeros(7, int))),
+            TypeError,
+            r"segment_ids of queries must have an integer dtype, got float",
+        ),
+        (dict(deterministic=1), TypeError, r"deterministic must be a Python bool, got int"),
         (dict(implementation="cudnn"), ValueError, r"implementation must be None or one of"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
@@ -94,6 +122,42 @@ def test_lengths(name):
         ValueError, match=rf"{name} must be a scalar or have shape \(2,\).*\(2, 1\)"
     ):
         trace(*arrays(), **{name: jnp.ones((2, 1), jnp.int32)})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            dict(cu_seqlens_q=np.zeros(1, int), cu_seqlens_kv=np.zeros(1, int)),
+            ValueError,
+            r"cu_seqlens_q must have shape \[n \+ 1\] .* got \(1,\)",
+        ),
+        (
+            dict(cu_seqlens_q=np.zeros(3), cu_seqlens_kv=np.zeros(3)),
+            TypeError,
+            r"cu_seqlens_q must have an integer dtype, got float",
+        ),
+        (dict(cu_seqlens_q=np.zeros(3, int)), ValueError, r"cu_seqlens_kv must be given where"),
+        (
+            dict(cu_seqlens_q=np.zeros(3, int), cu_seqlens_kv=np.zeros(4, int)),
+            ValueError,
+            r"cu_seqlens_kv must have as many sequences as cu_seqlens_q, 2, got 3",
+        ),
+        (
+            dict(
+                cu_seqlens_q=np.zeros(3, int),
+                cu_seqlens_kv=np.zeros(3, int),
+                query_offset=np.zeros(3, int),
+            ),
+            ValueError,
+            r"query_offset must be a scalar or have shape \(2,\) or .* got shape \(3,\)",
+        ),
+    ],
+)
+def test_varlen(options, error, message):
+    q, k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays())
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda *x: attention_varlen(*x, **options), q, k, v)
 
 
 @pytest.mark.parametrize("name", ["bias", "mask"])

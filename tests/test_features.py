@@ -1,5 +1,7 @@
 """Masks, biases and packing on the CPU kernels: each by itself, and any combination."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +106,7 @@ def test_segment_ids_are_packing():
     np.testing.assert_allclose(packed, segments[0], atol=1e-6)
     alone = [
         attention(q[:, a:b], k[:, a:b], v[:, a:b], is_causal=True)[0]
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        for a, b in itertools.pairwise(ends)
     ]
     np.testing.assert_allclose(packed, jnp.concatenate(alone), atol=1e-6)
 
@@ -176,9 +178,5 @@ def test_implementation_xla():
     for seed in range(12):
         rng = np.random.default_rng(seed)
         choose = lambda choices, rng=rng: choices[rng.integers(len(choices))]
-        inputs, options = draws.draw(
-            choose, sizes=[(2, 20, 30, 4, 2, 8, 12)], dtypes=[jnp.float32]
-        )
-        oracle.check(
-            *inputs, poison=draws.poison(options, np.nan), implementation="xla", **options
-        )
+        inputs, options = draws.draw(choose, sizes=[(2, 20, 30, 4, 2, 8, 12)], dtypes=[jnp.float32])
+        oracle.check(*inputs, poison=draws.poison(options, np.nan), implementation="xla", **options)

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 import jax_flashattn  # noqa: F401 (registers the targets)
+from jax_flashattn import _calls, _spec
 
-ATTRIBUTES = dict(
-    scale=np.float32(1),
-    is_causal=np.bool_(False),
-    query_offset=np.int64(0),
-    has_query_offset=np.bool_(False),
-    has_q_lengths=np.bool_(False),
-    has_kv_lengths=np.bool_(False),
-)
+ATTRIBUTES = _calls.attributes(_spec.AttentionSpec(scale=1.0))
 Q, K, V = (jnp.zeros(s) for s in ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)))
 OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
 
@@ -22,6 +16,10 @@ OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
 def forward(*operands, out=OUT, lse=LSE, out_dtype=jnp.float32, **attributes):
     results = (jax.ShapeDtypeStruct(out, out_dtype), jax.ShapeDtypeStruct(lse, jnp.float32))
     return jax.ffi.ffi_call("jfa_fwd_v2", results)(*operands, **{**ATTRIBUTES, **attributes})
+
+
+def given(*names):
+    return {"aux": np.int64(sum(1 << _spec.AUX_NAMES.index(name) for name in names))}
 
 
 def test_valid_call():
@@ -49,14 +47,30 @@ def test_valid_call():
         (lambda: forward(Q, K, V, out=(2, 5, 4, 8)), r"out must be float32\[2, 5, 4, 6\]"),
         (lambda: forward(Q, K, V, lse=(2, 5, 4)), r"lse must be float32\[2, 4, 5\]"),
         (lambda: forward(Q, K, V, scale=np.float32(-1)), "scale must be positive"),
-        (lambda: forward(Q, K, V, has_q_lengths=np.bool_(True)), "operand q_lengths is missing"),
+        (lambda: forward(Q, K, V, soft_cap=np.float32(-1)), "soft_cap must be"),
+        (lambda: forward(Q, K, V, window_left=np.int64(-2)), "window_left must be"),
+        (lambda: forward(Q, K, V, sink_tokens=np.int64(-1)), "sink_tokens must be"),
+        (lambda: forward(Q, K, V, aux=np.int64(1 << 9)), "aux"),
+        (lambda: forward(Q, K, V, **given("q_lengths")), "operand q_lengths is missing"),
         (
-            lambda: forward(Q, K, V, jnp.zeros(3, jnp.int32), has_q_lengths=np.bool_(True)),
+            lambda: forward(Q, K, V, jnp.zeros(3, jnp.int32), **given("q_lengths")),
             r"q_lengths must be int32\[2\], got int32\[3\]",
         ),
         (
-            lambda: forward(Q, K, V, jnp.zeros(2), has_kv_lengths=np.bool_(True)),
+            lambda: forward(Q, K, V, jnp.zeros(2), **given("kv_lengths")),
             r"kv_lengths must be int32\[2\], got float32\[2\]",
+        ),
+        (
+            lambda: forward(Q, K, V, jnp.zeros((2, 5)), **given("alibi_slopes")),
+            r"alibi_slopes must be float32\[2, 4\], got float32\[2, 5\]",
+        ),
+        (
+            lambda: forward(Q, K, V, jnp.zeros((2, 5), jnp.int32), **given("q_segment_ids")),
+            "attribute aux must be with segment ids of both sides",
+        ),
+        (
+            lambda: forward(Q, K, V, jnp.zeros((2, 5), jnp.int32), **given("cu_seqlens_q")),
+            "cu_seqlens",
         ),
         (lambda: forward(Q, K, V, extra=np.int32(1)), "number of attributes"),
     ],

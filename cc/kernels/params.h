@@ -31,11 +31,11 @@ struct ProblemParams {
   float scale_log2;  // scale * log2(e)
   float soft_cap;    // 0: none
   int is_causal;
-  int query_offset;   // position of query 0 where query_offsets is null
-  int window_left;    // visible keys before the position; INT_MAX: all
-  int window_right;   // and after it; 0 is causal; INT_MAX: all
-  int sink_tokens;    // keys below are not hidden by the window
-  int scratch_rows;   // rows of the backward's scratch for one (batch, query head)
+  int query_offset;              // position of query 0 where query_offsets is null
+  int window_left;               // visible keys before the position; INT_MAX: all
+  int window_right;              // and after it; 0 is causal; INT_MAX: all
+  int sink_tokens;               // keys below are not hidden by the window
+  int scratch_rows;              // rows of the backward's scratch for one (batch, query head)
   const int* query_offsets;      // [batch, num_kv_heads] or [batch, num_kv_heads, num_sequences]
   const int* q_lengths;          // [batch, num_kv_heads]
   const int* kv_lengths;         // [batch, num_kv_heads]
@@ -72,9 +72,9 @@ struct BwdParams {
   const float* lse;
   const float* dlse;  // [batch, num_heads, q_len] or null
   TensorArg dq, dk, dv;
-  float* dslopes;            // [batch, num_heads, slope_partials] or null; their sum is the gradient
-  int slope_partials;        // SlopePartials() of plan.h
-  float* scratch;            // ScratchFloats() of plan.h per (batch, kv head)
+  float* dslopes;      // [batch, num_heads, slope_partials] or null; their sum is the gradient
+  int slope_partials;  // SlopePartials() of plan.h
+  float* scratch;      // ScratchFloats() of plan.h per (batch, kv head)
   long long scratch_stride;  // floats per (batch, kv head)
 };
 
