@@ -67,7 +67,7 @@ def _main() -> None:
         "| arch | kernel | threads | registers | stack, bytes | shared memory, bytes |",
         "|---|---|---|---|---|---|",
     ]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in sorted(rows)]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in sorted(rows)]
     (ROOT / "docs" / "kernels.md").write_text("\n".join(lines) + "\n")
 
 
