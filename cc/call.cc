@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdlib>
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace jfa {
@@ -294,6 +296,15 @@ ProblemParams ToProblemParams(const Attributes& attrs, const Call& call) {
 
 }  // namespace
 
+Status ForcedFamily(Family* family) {
+  static const char* const named = std::getenv("JFA_FORCE_FAMILY");
+  const std::string_view name = named != nullptr ? named : "";
+  *family = name == "sm80" ? Family::kSm80 : name == "sm90" ? Family::kSm90 : Family::kAny;
+  if (*family != Family::kAny || name.empty()) return OkStatus();
+  return InvalidArgument("jax_flashattn: JFA_FORCE_FAMILY: expected sm80 or sm90, got " +
+                         std::string(name));
+}
+
 Status ReadVariant(Op op, const Attributes& attrs, Variant* variant) {
   const std::string error = CheckAttributes(op, attrs);
   if (!error.empty()) return InvalidArgument("jax_flashattn: " + error);
@@ -309,7 +320,7 @@ Status ReadVariant(Op op, const Attributes& attrs, Variant* variant) {
   variant->packed = attrs.Has(kCuSeqlensQ);
   variant->deterministic = attrs.deterministic;
   variant->dslopes = attrs.has_dslopes;
-  return OkStatus();
+  return ForcedFamily(&variant->family);
 }
 
 Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const TensorList& rets,

@@ -94,6 +94,9 @@ struct Call {
   void *cu_seqlens_q = nullptr, *cu_seqlens_kv = nullptr;
 };
 
+// The kernel family that tests force: JFA_FORCE_FAMILY is sm80 or sm90; read once.
+Status ForcedFamily(Family* family);
+
 // What changes code; from attributes alone, since a runtime need not show operands while it
 // compiles.
 Status ReadVariant(Op op, const Attributes& attrs, Variant* variant);

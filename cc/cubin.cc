@@ -17,6 +17,7 @@ constexpr uint8_t kFormatSizedValue = 4;  // the 16 bits are the size of what fo
 constexpr uint8_t kFormatHalfValue = 3;   // the 16 bits are the value
 constexpr uint8_t kAttributeFrameSize = 0x11;
 constexpr uint8_t kAttributeRegisterCount = 0x2f;
+constexpr uint8_t kAttributeParamInfo = 0x17;
 constexpr uint8_t kAttributeParamBytes = 0x19;
 
 constexpr uint32_t kSectionSymbols = 2;
@@ -78,15 +79,20 @@ Section ReadSection(Reader& elf, uint64_t headers, uint64_t names, uint32_t inde
 // section of the kernel itself, whose records don't.
 void ReadInfo(std::string_view info, int64_t symbol_index, KernelResources* resources) {
   Reader reader(info);
+  int param_end = -1, param_begin = 0;
   for (uint64_t at = 0; at + 4 <= info.size();) {
     const auto format = reader.Get<uint8_t>(at);
     const auto attribute = reader.Get<uint8_t>(at + 1);
     const auto half = reader.Get<uint16_t>(at + 2);
     at += 4;
     if (format == kFormatHalfValue && attribute == kAttributeParamBytes && symbol_index < 0) {
-      resources->param_bytes = half;
+      param_end = half;
     }
     if (format != kFormatSizedValue) continue;
+    // Kernels have one parameter; one that is aligned to more than 16 bytes doesn't begin at 0.
+    if (attribute == kAttributeParamInfo && symbol_index < 0 && half >= 8) {
+      param_begin = reader.Get<uint16_t>(at + 6);
+    }
     if (symbol_index >= 0 && half >= 8 && at + 8 <= info.size() &&
         reader.Get<uint32_t>(at) == symbol_index) {
       const int value = static_cast<int>(reader.Get<uint32_t>(at + 4));
@@ -95,6 +101,7 @@ void ReadInfo(std::string_view info, int64_t symbol_index, KernelResources* reso
     }
     at += half;
   }
+  if (param_end >= 0) resources->param_bytes = param_end - param_begin;
 }
 
 // "12" of "..., 12 bytes spill stores, ...", added up over the log.

@@ -72,6 +72,7 @@ Status OpenCuda(const Cuda** out) {
   symbols.Load("cuLaunchKernelEx", &cuda.launch_kernel_ex);
   symbols.Load("cuMemsetD8Async", &cuda.memset_d8_async);
   symbols.Load("cuMemsetD32Async", &cuda.memset_d32_async);
+  symbols.Load("cuTensorMapEncodeTiled", &cuda.tensor_map_encode_tiled);
   symbols.Load("cuGetErrorName", &cuda.get_error_name);
   symbols.Load("cuGetErrorString", &cuda.get_error_string);
   if (!symbols.missing().empty()) {
@@ -246,24 +247,46 @@ Status Check(const Cuda& cuda, CuResult result, const char* call) {
   return Internal(std::move(message));
 }
 
-Status DeviceArch(int ordinal, int* arch) {
-  static std::array<std::atomic<int>, 64> known{};
+namespace {
+
+// Calls `read(cuda, device)` the first time it is asked about a device.
+template <typename Read>
+Status Remember(std::array<std::atomic<int>, 64>& known, int ordinal, int* value, Read read) {
   const bool cached = ordinal >= 0 && ordinal < static_cast<int>(known.size());
-  if (cached && (*arch = known[ordinal].load(std::memory_order_relaxed)) != 0) return OkStatus();
+  if (cached && (*value = known[ordinal].load(std::memory_order_relaxed)) != 0) return OkStatus();
   const Cuda* cuda;
   JFA_RETURN_IF_ERROR(GetCuda(&cuda));
   CuDevice device;
-  int major = 0, minor = 0;
   JFA_RETURN_IF_ERROR(Check(*cuda, cuda->device_get(&device, ordinal), "cuDeviceGet"));
-  JFA_RETURN_IF_ERROR(Check(
-      *cuda, cuda->device_get_attribute(&major, kDeviceAttributeComputeCapabilityMajor, device),
-      "cuDeviceGetAttribute"));
-  JFA_RETURN_IF_ERROR(Check(
-      *cuda, cuda->device_get_attribute(&minor, kDeviceAttributeComputeCapabilityMinor, device),
-      "cuDeviceGetAttribute"));
-  *arch = major * 10 + minor;
-  if (cached) known[ordinal].store(*arch, std::memory_order_relaxed);
+  JFA_RETURN_IF_ERROR(read(*cuda, device));
+  if (cached) known[ordinal].store(*value, std::memory_order_relaxed);
   return OkStatus();
+}
+
+Status ReadAttribute(const Cuda& cuda, int attribute, CuDevice device, int* value) {
+  return Check(cuda, cuda.device_get_attribute(value, attribute, device), "cuDeviceGetAttribute");
+}
+
+}  // namespace
+
+Status DeviceArch(int ordinal, int* arch) {
+  static std::array<std::atomic<int>, 64> known{};
+  return Remember(known, ordinal, arch, [arch](const Cuda& cuda, CuDevice device) {
+    int major = 0, minor = 0;
+    JFA_RETURN_IF_ERROR(
+        ReadAttribute(cuda, kDeviceAttributeComputeCapabilityMajor, device, &major));
+    JFA_RETURN_IF_ERROR(
+        ReadAttribute(cuda, kDeviceAttributeComputeCapabilityMinor, device, &minor));
+    *arch = major * 10 + minor;
+    return OkStatus();
+  });
+}
+
+Status DeviceMultiprocessors(int ordinal, int* count) {
+  static std::array<std::atomic<int>, 64> known{};
+  return Remember(known, ordinal, count, [count](const Cuda& cuda, CuDevice device) {
+    return ReadAttribute(cuda, kDeviceAttributeMultiprocessorCount, device, count);
+  });
 }
 
 Status CurrentArch(int* arch) {

@@ -23,6 +23,7 @@ using CuKernel = struct CuKernelOpaque*;
 using CuDevicePtr = unsigned long long;
 
 inline constexpr CuResult kCuSuccess = 0;
+inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kFunctionAttributeMaxDynamicSharedSizeBytes = 8;
@@ -65,6 +66,11 @@ struct Cuda {
                                void** extra);
   CuResult (*memset_d8_async)(CuDevicePtr data, unsigned char value, size_t count, CuStream stream);
   CuResult (*memset_d32_async)(CuDevicePtr data, unsigned int value, size_t count, CuStream stream);
+  CuResult (*tensor_map_encode_tiled)(void* map, int dtype, unsigned int rank, void* data,
+                                      const uint64_t* dims, const uint64_t* byte_strides,
+                                      const unsigned int* box_dims,
+                                      const unsigned int* element_strides, int interleave,
+                                      int swizzle, int l2_promotion, int oob_fill);
   CuResult (*get_error_name)(CuResult result, const char** name);
   CuResult (*get_error_string)(CuResult result, const char** text);
 };
@@ -108,6 +114,9 @@ Status Check(const Cuda& cuda, CuResult result, const char* call);
 
 // Architecture of a device, major * 10 + minor; remembered per ordinal.
 Status DeviceArch(int ordinal, int* arch);
+
+// How many multiprocessors a device has; remembered per ordinal.
+Status DeviceMultiprocessors(int ordinal, int* count);
 
 // Architecture of the current context's device, or of device 0 where no context is current.
 Status CurrentArch(int* arch);

@@ -161,15 +161,40 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
 
 template <typename Params>
 Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& params,
-                 driver::CuStream stream) {
+                 int multiprocessors, driver::CuStream stream) {
   for (size_t i = 0; i < kernels.loaded.size(); ++i) {
-    const Grid grid = MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes);
+    const Grid grid =
+        MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
     JFA_RETURN_IF_ERROR(launch::Launch(*kernels.loaded[i], {grid.x, grid.y, grid.z},
                                        kernels.plan.kernels[i].threads, stream, &params,
                                        sizeof(params)));
   }
   return OkStatus();
+}
+
+// The Hopper forward wants tensor maps in front.
+Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& fwd,
+                 int multiprocessors, driver::CuStream stream) {
+  const KernelSpec& kernel = kernels.plan.kernels.front();
+  if (kernel.box_rows_q == 0) return LaunchAll(kernels, call, fwd, multiprocessors, stream);
+  if (call.q == nullptr) return OkStatus();  // nothing to map, and nothing to launch
+  const ProblemParams& p = fwd.problem;
+  FwdSm90Params params{};
+  params.fwd = fwd;
+  params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q}, call.q, &params.q));
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.k, {p.head_dim, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv}, call.q,
+      &params.k));
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.v, {p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv}, call.q,
+      &params.v));
+  constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
+  return LaunchAll(kernels, call, params, multiprocessors, stream);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -212,8 +237,11 @@ Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordi
   }
   const ArchKernels* kernels;  // loaded by Initialize: one atomic load here
   JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
-  return op == Op::kFwd ? LaunchAll(*kernels, call, ToFwdParams(attrs, call), stream)
-                        : LaunchAll(*kernels, call, ToBwdParams(attrs, call), stream);
+  int multiprocessors;
+  JFA_RETURN_IF_ERROR(driver::DeviceMultiprocessors(ordinal, &multiprocessors));
+  return op == Op::kFwd
+             ? LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream)
+             : LaunchAll(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
 }
 
 ffi::Error ToError(const Status& status) {

@@ -1,6 +1,7 @@
 // The driver side of running a kernel: library loading, per-device attributes, launches and fills.
 #include "cc/launch.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,8 +12,8 @@ namespace {
 
 using driver::Cuda;
 
-// What a kernel may use without asking.
-constexpr int kDefaultSharedBytes = 48 * 1024;
+// Dynamic shared memory that a kernel may use without asking: 48 KB, less what it has statically.
+constexpr int kDefaultSharedBytes = 47 * 1024;
 
 struct LoadedKernels {
   std::mutex mutex;
@@ -111,6 +112,29 @@ Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStre
                   "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z) + ", " +
                   std::to_string(threads) + " threads, " + std::to_string(kernel.smem_bytes) +
                   " bytes of shared memory");
+}
+
+Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in,
+                       TensorMap* map) {
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  // Any 16-bit type: nothing is computed on the way.
+  constexpr int kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kPromotion256 = 3, kZeroFill = 0;
+  constexpr unsigned int kBoxColumns = 64;
+  const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
+  const auto bytes = [](long long x) { return static_cast<uint64_t>(x) * 2; };
+  const uint64_t dims[] = {extent(spec.columns), extent(spec.rows), extent(spec.heads),
+                           extent(spec.batch)};
+  const uint64_t strides[] = {bytes(tensor.row_stride), bytes(tensor.head_stride),
+                              std::max<uint64_t>(bytes(tensor.batch_stride), 16)};
+  const unsigned int box[] = {kBoxColumns, static_cast<unsigned int>(spec.box_rows), 1, 1};
+  const unsigned int steps[] = {1, 1, 1, 1};
+  return driver::Check(
+      *cuda,
+      cuda->tensor_map_encode_tiled(
+          map, kUint16, 4, tensor.data != nullptr ? tensor.data : stand_in, dims, strides, box,
+          steps, kNoInterleave, kSwizzle128, kPromotion256, kZeroFill),
+      "cuTensorMapEncodeTiled");
 }
 
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream) {

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "cc/driver.h"
+#include "cc/kernels/params.h"
 #include "cc/status.h"
 
 namespace jfa::launch {
@@ -47,6 +48,17 @@ struct Dim3 {
 // waits for nothing, so it may run while a CUDA graph is captured.
 Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStream stream,
               const void* params, size_t param_bytes);
+
+// What a kernel with tensor maps needs to know of a 16-bit tensor. Boxes are 64 columns of
+// `box_rows` rows of one (batch, head), and lie in shared memory under the 128-byte swizzle.
+struct TensorMapSpec {
+  int64_t columns, rows, heads, batch;
+  int box_rows;
+};
+// On the CPU alone; fast, and no call of the driver that waits or allocates. `stand_in`: an address
+// that is used where the tensor has no elements, and never read.
+Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in,
+                       TensorMap* map);
 
 // Fills device memory on a stream; may be captured too.
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream);

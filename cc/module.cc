@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cc/call.h"
 #include "cc/cpu/attention.h"
 #include "cc/cpu/handlers.h"
 #include "cc/driver.h"
@@ -88,6 +89,7 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
     if (flag == std::end(flags)) throw std::invalid_argument("unknown feature " + feature);
     *flag->second = true;
   }
+  Raise(jfa::ForcedFamily(&variant.family));
   return variant;
 }
 
@@ -101,6 +103,7 @@ nb::dict ToDict(const jfa::jit::Result& result) {
   dict["registers"] = kernel.resources.registers;
   dict["local_bytes"] = kernel.resources.local_bytes;
   dict["spill_bytes"] = kernel.resources.spill_bytes;
+  dict["log"] = kernel.log;
   dict["cubin"] = nb::bytes(kernel.cubin.data(), kernel.cubin.size());
   return dict;
 }

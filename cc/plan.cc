@@ -6,9 +6,10 @@
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;      // Sequence::kScratchTile
-constexpr int kPreprocessRows = 128;  // BwdPreprocess::kRows
-constexpr int kPostprocessRows = 32;  // BwdPostprocess::kRows
+constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
+constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
+constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
@@ -183,6 +184,28 @@ DqTile PickDqTile(int size, int smem_kb) {
   return {64, 32, 4, 2};
 }
 
+struct FwdSm90Tile {
+  int block_m, block_n, stages;
+  bool ping_pong;
+  int stages_q = 2;
+};
+
+// The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
+// has what was measured.
+FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
+  const int size = std::max(head_dim, head_dim_v);
+  // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
+  // registers, as do other features at the largest head dim.
+  const bool segments = variant.segments;
+  if (size <= 64) {
+    if (segments || variant.packed) return {128, 128, 2, false};
+    return {192, variant.softcap || variant.alibi ? 112 : 128, 2, true};
+  }
+  if (size <= 128) return {128, segments ? 96 : 128, 2, false};
+  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
+  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
+}
+
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
 void AddInt(Fields* fields, const char* name, int64_t value) {
@@ -260,6 +283,37 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
   return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
 }
 
+// Its copies want 16-byte rows. At head dim 32 half of each product would be padding; at 64 its
+// large tiles lose to the smaller ones of the older kernel where sequences or segments are short.
+bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
+  if (arch != 90 || !common.aligned || variant.family == Family::kSm80) return false;
+  if (variant.family == Family::kSm90) return true;
+  const int size = std::max(common.head_dim, common.head_dim_v);
+  return size > 64 || (size == 64 && !variant.packed && !variant.segments);
+}
+
+KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const FwdSm90Tile tile = PickFwdSm90Tile(common.head_dim, common.head_dim_v, variant);
+  const int warps = 4 * (tile.block_m / 64 + 1);
+  // Panels of 64 columns, 128 bytes a row; then barriers: Q's two, and K's and V's per stage.
+  const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
+  const int inputs = 128 * (panels * tile.stages_q * tile.block_m +
+                            tile.stages * (panels + panels_v) * tile.block_n);
+  const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages) + kTileSlotBytes;
+  const int output = 128 * panels_v * tile.block_m;
+  const bool stage_out = inputs + output + barriers <= smem_kb * 1024;
+  const int smem = inputs + (stage_out ? output : 0) + barriers;
+  Fields fields = CommonFields(variant, common, warps, 1);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddBool(&fields, "kStageOut", stage_out);
+  AddBool(&fields, "kPingPong", tile.ping_pong);
+  return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
+          tile.block_n};
+}
+
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
   BwdTile tile = PickBwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb,
                              variant.deterministic);
@@ -328,6 +382,7 @@ struct Entry {
   bool smem;
 };
 constexpr Entry kEntries[] = {
+    {"fwd_sm90.cuh", "FwdSm90", "FwdSm90Params", true},
     {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
     {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
     {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
@@ -340,7 +395,7 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes);
+                    v.packed, v.deterministic, v.dslopes, v.family);
   };
   return fields(a) == fields(b);
 }
@@ -363,7 +418,8 @@ Plan MakePlan(const Variant& variant, int arch) {
 
   const Common common = MakeCommon(variant, info);
   if (variant.op == Op::kFwd) {
-    plan.kernels = {MakeFwd(variant, common, info)};
+    plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
+                                                        : MakeFwd(variant, common, info)};
   } else if (variant.deterministic) {
     plan.kernels = {MakePreprocess(variant, common), MakeBwdMain(variant, common, info),
                     MakeBwdDq(variant, common, info)};
@@ -385,10 +441,18 @@ Plan MakePlan(const Variant& variant, int arch) {
 
 // All grids are one-dimensional: the kernels order their tiles themselves (ScheduleWork), and x
 // alone may exceed 65535.
-Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& problem) {
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
+              int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
+  if (kernel.file == "fwd_sm90.cuh") {
+    int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
+    if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
+    // CTAs that stay would share tiles whose lengths nobody knows unevenly.
+    if (variant.packed || variant.segments) return {static_cast<uint32_t>(items * heads), 1, 1};
+    return {static_cast<uint32_t>(std::min<int64_t>(items * heads, multiprocessors)), 1, 1};
+  }
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
     block = Field(kernel, "kBlockM");
   } else if (kernel.file == "bwd_sm80.cuh") {
@@ -403,6 +467,25 @@ Grid MakeGrid(const Plan& plan, int index, const Variant&, const Problem& proble
     return {0, 1, 1};
   }
   return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
+}
+
+bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+                int multiprocessors) {
+  if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
+  const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
+  const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
+  const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);
+  if (rounds > 8) return true;
+  // Row tile i costs as much as the keys it sees, and something to begin and end. Single tiles go
+  // longest first to all CTAs in turn: the first one has most to do.
+  const int64_t before = std::max<int64_t>(problem.kv_len - problem.q_len, 0);
+  const auto cost = [&](int64_t i) { return before + (i + 1) * block + 128; };
+  int64_t single = 0;
+  for (int64_t r = 0; r < rounds; ++r) single += cost(tiles - 1 - r * multiprocessors / heads);
+  const int64_t paired = CeilDiv(CeilDiv(tiles, 2) * heads, multiprocessors) *
+                         (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
+  // If in doubt pairs: they also share keys better.
+  return paired * 15 <= single * 16;
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {

@@ -17,6 +17,10 @@ enum class DType { kF16, kBF16 };
 // What the mask does to the code. Causal is the one-sided case that needs no left bound.
 enum class Mask { kFull, kCausal, kLocal };
 
+// Kernels that do the same on different hardware. kAny is the plan's own choice; another one is
+// taken wherever it supports the variant (a hook for tests: ForcedFamily of call.h).
+enum class Family { kAny, kSm80, kSm90 };
+
 // All that changes code. Lengths, offsets, window sizes, scale, cap, slopes and group size are
 // run-time values.
 struct Variant {
@@ -31,6 +35,7 @@ struct Variant {
   bool packed;         // cu_seqlens
   bool deterministic;  // backward only: bitwise repeatable dQ
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
+  Family family = Family::kAny;
 };
 
 bool operator==(const Variant& a, const Variant& b);
@@ -43,6 +48,9 @@ struct KernelSpec {
   std::vector<std::pair<std::string, std::string>> config;  // {"kHeadDim", "128"}: name, C++ value
   int threads;
   int smem_bytes;  // dynamic shared memory
+  // Rows of the boxes of its tensor maps, which its parameters begin with; 0: it takes none.
+  int box_rows_q = 0;
+  int box_rows_kv = 0;
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess).
@@ -68,8 +76,14 @@ struct Problem {
 struct Grid {
   uint32_t x, y, z;
 };
-// Grid of kernel `index` of the plan. Any zero extent means: nothing to launch.
-Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem);
+// Grid of kernel `index` of the plan on a GPU with that many multiprocessors. Any zero extent
+// means: nothing to launch.
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
+              int multiprocessors);
+
+// FwdSm90Params::paired: whether a work item is a long row tile and a short one.
+bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+                int multiprocessors);
 
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.

@@ -59,6 +59,8 @@ def test_compiles_and_spills_no_more_than_known(arch, part, tmp_path, monkeypatc
             symbol = kernel["symbol"]
             assert kernel["local_bytes"] <= most_spilled(symbol), (symbol, kernel["arch"])
             assert 0 < kernel["registers"] <= 255, symbol
+            # ptxas: setmaxnreg ignored, wgmma serialised.
+            assert not re.findall(r"C75\d\d", kernel["log"]), symbol
 
 
 def test_covering_set_has_every_pair():
@@ -91,6 +93,21 @@ def test_symbols_say_the_variant():
     [kernel] = plan(H=128, Hv=128, features=["softcap", "packed"], arch=80)["kernels"]
     assert kernel["symbol"] == "jfa_fwd_sm80_bf16_d128_causal_softcap_packed"
     assert kernel["file"] == "fwd_sm80.cuh"
+
+
+def test_hopper_has_a_family_of_its_own(run_python):
+    script = """
+        from jax_flashattn import _native
+        for H in (64, 128):
+            plan = _native.cuda_explain("fwd", "bfloat16", H, H, "full", ["packed"], 90)
+            print(plan["kernels"][0]["file"])
+        """
+    assert run_python(script, JFA_FORCE_FAMILY="").split() == ["fwd_sm80.cuh", "fwd_sm90.cuh"]
+    assert run_python(script, JFA_FORCE_FAMILY="sm80").split() == ["fwd_sm80.cuh"] * 2
+    assert run_python(script, JFA_FORCE_FAMILY="sm90").split() == ["fwd_sm90.cuh"] * 2
+    with pytest.raises(AssertionError, match="JFA_FORCE_FAMILY: expected sm80 or sm90, got sm70"):
+        run_python(script, JFA_FORCE_FAMILY="sm70")
+    assert plan(H=100, Hv=100)["kernels"][0]["file"] == "fwd_sm80.cuh"  # rows of 16 bytes only
 
 
 def test_head_dims_of_one_tile_class_share_a_kernel():

@@ -106,6 +106,37 @@ def test_any_combination(seed):
     oracle.check(*inputs, poison=draws.poison(options, choose([np.nan, np.inf])), **options)
 
 
+@pytest.mark.parametrize("first", range(0, 120, 30))
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_families(family, first, run_python):
+    """The plan chooses one kernel family for a variant; the other one must do the same."""
+    run_python(
+        f"""
+        from test_gpu import test_any_combination
+        for seed in range({first}, {first} + 30):
+            test_any_combination(seed)
+        """,
+        JAX_PLATFORMS="cuda",
+        JFA_FORCE_FAMILY=family,
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_more_tiles_than_multiprocessors(H, is_causal):
+    """CTAs that stay take tiles one after the other, among them many without any key."""
+    B, T, N = 8, 450, 16
+    kv_lengths = np.array([450, 0, 0, 131, 7, 0, 449, 0], np.int32)
+    q_lengths = np.array([450, 450, 3, 0, 450, 64, 300, 450], np.int32)
+    oracle.check(
+        *oracle.make_inputs(7, B, T, T, N, 4, H, H, jnp.bfloat16),
+        poison=poison_padding(q_lengths, kv_lengths, np.nan),
+        is_causal=is_causal,
+        query_seq_lengths=q_lengths,
+        key_value_seq_lengths=kv_lengths,
+    )
+
+
 def test_rows_that_see_nothing():
     q, k, v, _, _ = oracle.make_inputs(6, 1, 4, 4, 1, 1, 64, 64, jnp.bfloat16)
     out, lse = attention(q, k, v, is_causal=True, query_offset=-2, return_lse=True)

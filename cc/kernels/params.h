@@ -55,6 +55,17 @@ struct FwdParams {
   float* lse;          // [batch, num_heads, q_len], natural log
 };
 
+// A CUtensorMap of the driver, which the copy engine reads from the kernel's parameters.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
+struct FwdSm90Params {
+  TensorMap q, k, v, out;
+  FwdParams fwd;
+  int paired;  // work items are pairs of row tiles, one from each end of the rows
+};
+
 struct BwdParams {
   ProblemParams problem;
   TensorArg q, k, v, out, dout;

@@ -111,6 +111,11 @@ JFA_DEVICE float Log2(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+JFA_DEVICE float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Relative error 2^-11: below the rounding of the weights that follow from it.
 JFA_DEVICE float Tanh(float x) {
   float y;

@@ -60,13 +60,14 @@ struct SegmentSide<true> {
 
   // Moves the ends of a range of blocks inwards to blocks that meet `other`. All threads of the CTA
   // look at once, since one after the other would cost a sorted document hundreds of steps. `smem`:
-  // two ints per warp, free again on return.
+  // two ints per warp, free again on return; not used where kThreads is a warp that works alone.
   template <int kBlock, int kThreads>
   JFA_DEVICE void Narrow(const SegmentRange& other, int* begin, int* end, int* smem) const {
     constexpr int kWarps = kThreads / kWarpSize;
     int first = *end, last = -1;
 #pragma unroll 4  // loads in flight together
-    for (int block = *begin + static_cast<int>(threadIdx.x); block < *end; block += kThreads) {
+    for (int block = *begin + static_cast<int>(threadIdx.x % kThreads); block < *end;
+         block += kThreads) {
       if (Meets<kBlock>(block, other)) {
         first = Min(first, block);
         last = Max(last, block);
@@ -74,17 +75,19 @@ struct SegmentSide<true> {
     }
     first = WarpMin(first);
     last = WarpMax(last);
-    if (threadIdx.x % kWarpSize == 0) {
-      smem[threadIdx.x / kWarpSize] = first;
-      smem[kWarps + threadIdx.x / kWarpSize] = last;
-    }
-    __syncthreads();
+    if constexpr (kWarps > 1) {
+      if (threadIdx.x % kWarpSize == 0) {
+        smem[threadIdx.x / kWarpSize] = first;
+        smem[kWarps + threadIdx.x / kWarpSize] = last;
+      }
+      __syncthreads();
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      first = Min(first, smem[warp]);
-      last = Max(last, smem[kWarps + warp]);
+      for (int warp = 0; warp < kWarps; ++warp) {
+        first = Min(first, smem[warp]);
+        last = Max(last, smem[kWarps + warp]);
+      }
+      __syncthreads();
     }
-    __syncthreads();
     *begin = first;
     *end = last + 1;
   }

@@ -41,18 +41,35 @@ struct OnlineSoftmax {
     bool exceeds = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int m = r / 2, e = r % 2 * 2;
-      highest[r] = fmaxf(s[m][0][e], s[m][0][e + 1]);
-#pragma unroll
-      for (int n = 1; n < kN; ++n) {
-        highest[r] = fmaxf(highest[r], fmaxf(s[m][n][e], s[m][n][e + 1]));
-      }
+      highest[r] = Highest(s, r);
       exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kSlack;
     }
     if (__any_sync(kFullWarp, exceeds)) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) Raise(r, QuadMax(highest[r]), out);
+      for (int r = 0; r < kRows; ++r) ScaleRow(out, r, RaiseReference(r, QuadMax(highest[r])));
     }
+  }
+
+  // The same where `out` can't be touched yet, because a product that adds to it is under way.
+  // Returns whether Rescale(out, factor) is due before the next one.
+  template <int kN>
+  JFA_DEVICE bool Follow(const float (&s)[kM][kN][4], float (&factor)[kRows]) {
+    float highest[kRows];
+    bool exceeds = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      highest[r] = Highest(s, r);
+      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kSlack;
+    }
+    if (!__any_sync(kFullWarp, exceeds)) return false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) factor[r] = RaiseReference(r, QuadMax(highest[r]));
+    return true;
+  }
+  template <int kOut>
+  static JFA_DEVICE void Rescale(float (&out)[kM][kOut][4], const float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) ScaleRow(out, r, factor[r]);
   }
 
   // The weight of a logit, counted into the row's sum.
@@ -71,24 +88,39 @@ struct OnlineSoftmax {
     const float total = QuadSum(sum[r]);
     if (sink == -Infinity()) {
       if (total == 0.f) return {0.f, -Infinity()};
-      return {1.f / total, kLn2 * (Log2(total) - neg_reference[r])};
+      return {Reciprocal(total), kLn2 * (Log2(total) - neg_reference[r])};
     }
     // The larger of the two becomes the reference, or the other's weight might overflow.
     const float sink_log2 = sink * kLog2e;
     const float reference = fmaxf(-neg_reference[r], sink_log2);
     const float factor = Exp2(-neg_reference[r] - reference);
     const float with_sink = fmaf(total, factor, Exp2(sink_log2 - reference));
-    return {factor / with_sink, kLn2 * (Log2(with_sink) + reference)};
+    return {factor * Reciprocal(with_sink), kLn2 * (Log2(with_sink) + reference)};
   }
 
  private:
-  template <int kOut>
-  JFA_DEVICE void Raise(int r, float highest, float (&out)[kM][kOut][4]) {
+  // Of this lane's columns.
+  template <int kN>
+  static JFA_DEVICE float Highest(const float (&s)[kM][kN][4], int r) {
+    const int m = r / 2, e = r % 2 * 2;
+    float highest = fmaxf(s[m][0][e], s[m][0][e + 1]);
+#pragma unroll
+    for (int n = 1; n < kN; ++n) highest = fmaxf(highest, fmaxf(s[m][n][e], s[m][n][e + 1]));
+    return highest;
+  }
+
+  // Returns the factor of what was summed under the old reference.
+  JFA_DEVICE float RaiseReference(int r, float highest) {
     const bool raise = fmaf(highest, scale, neg_reference[r]) > 0.f;
     const float neg_new = raise ? -highest * scale : neg_reference[r];
     const float factor = Exp2(neg_new - neg_reference[r]);
     neg_reference[r] = neg_new;
     sum[r] *= factor;
+    return factor;
+  }
+
+  template <int kOut>
+  static JFA_DEVICE void ScaleRow(float (&out)[kM][kOut][4], int r, float factor) {
     const int m = r / 2, e = r % 2 * 2;
 #pragma unroll
     for (int n = 0; n < kOut; ++n) {

@@ -1,0 +1,518 @@
+// Forward attention for Hopper: wgmma fed by the tensor copy engine (TMA).
+//
+//   one tile = kBlockM rows of one query head         keys, right to left ->
+//                  kHeadDim                     kBlockN   kBlockN
+//            +-----------------+               +---------+---------+
+//   64 rows  | Q, warpgroup 1  |   x K^T = S   |  block  |  block  |   P = exp2(S - ref), in
+//   64 rows  | Q, warpgroup 2  |               |         |         |   registers, feeds P V
+//            +-----------------+               +---------+---------+
+//
+// Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
+//             copies of Q, K and V. Each other warpgroup consumes: it owns 64 rows of the tile.
+// Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
+//             computes the block's softmax while the second product still runs. Other consumers
+//             fill what is left; with kPingPong they take turns at starting products.
+// Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
+//             product of a tile starts before the last one of the tile before, if there is room
+//             for two Q.
+// Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier;
+//             the output, if there is room. plan.cc computes the same sum.
+// Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
+//             more, of 240 (two consumers) or 160 (three).
+//
+// ptxas runs all products one after the other (C7510 to C7517 in its log) if on some path it can't
+// tell that a product is done before its accumulator is touched. So each wait stands in the same
+// branch as its product, and accumulators change only between a wait and the next product's start.
+#ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
+
+#include "kv_source.cuh"
+#include "ptx_sm90.cuh"
+#include "results_sm90.cuh"
+#include "row_scores.cuh"
+#include "softmax.cuh"
+#include "tiles_sm90.cuh"
+
+namespace jfa {
+
+template <class C>
+struct FwdSm90 {
+  static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+  using Results = ResultsSm90<C>;
+  static constexpr int kGroupThreads = Results::kGroupThreads;
+  static constexpr int kGroupRows = Results::kGroupRows;
+  static constexpr int kConsumers = C::kBlockM / kGroupRows;
+  static constexpr int kKeySteps = C::kBlockN / 16;
+  static constexpr int kDimSteps = C::kHeadDim / 16;
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
+  // among sequences or segments a producer needs more than to walk over plain ones.
+  static constexpr bool kSearches = C::kPacked || C::kSegments;
+  static constexpr int kProducerRegisters = kSearches                    ? 56
+                                            : kConsumers < 3             ? 40
+                                            : (C::kSoftcap || C::kAlibi) ? 56
+                                                                         : 32;
+  static constexpr int kConsumerRegisters =
+      kConsumers == 1 ? 256 : (512 - kProducerRegisters) / kConsumers / 8 * 8;
+
+  // Tiles lie in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are
+  // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
+  static constexpr int kPanelColumns = Results::kPanelColumns;
+  static constexpr int kRowBytes = Results::kRowBytes;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = Results::kPanels;
+  static constexpr int kPanelBytesM = C::kBlockM * kRowBytes;
+  static constexpr int kPanelBytesN = C::kBlockN * kRowBytes;
+  static constexpr int kBytesQ = kPanels * kPanelBytesM;
+  static constexpr int kBytesK = kPanels * kPanelBytesN;
+  static constexpr int kBytesV = kPanelsV * kPanelBytesN;
+
+  static constexpr int kSmemQ = 0;
+  static constexpr int kSmemK = C::kStagesQ * kBytesQ;
+  static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
+  static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
+  static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
+  static constexpr int kTileSlots = 3, kSlotBytes = 256;
+  static constexpr int kSmemTiles =
+      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
+  static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
+  enum Barrier {
+    kFullQ = 0,
+    kEmptyQ = kFullQ + C::kStagesQ,
+    kFullK = kEmptyQ + C::kStagesQ,
+    kEmptyK = kFullK + C::kStages,
+    kFullV = kEmptyK + C::kStages,
+    kEmptyV = kFullV + C::kStages,
+    kFullTile = kEmptyV + C::kStages,
+    kEmptyTile = kFullTile + kTileSlots,
+  };
+  enum NamedBarrier { kTurn = 1, kGroup = kTurn + 3 };  // of each consumer warpgroup
+
+  static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 3,
+                "a consumer warpgroup owns 64 rows");
+  static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
+  static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
+  static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
+
+  using Ring = RingPosition<C::kStages>;
+  using RingQ = RingPosition<C::kStagesQ>;
+  using RingTile = RingPosition<kTileSlots>;
+  using Output = typename Results::Output;
+  using Scores = float[1][2 * kKeySteps][4];
+  using Weights = uint32[kKeySteps][4];
+  using Place = RowScores<4, 1, kKeySteps>;
+
+  static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
+    return smem + kSmemBarriers + 8 * (barrier + stage);
+  }
+
+  using Tiles = TilesSm90<C>;
+  using Tile = typename Tiles::Tile;
+  using TileWalk = typename Tiles::Walk;
+  using Mask = typename Tiles::Mask;
+  using Keys = typename Tiles::Keys;
+  using Work = typename Tiles::Work;
+  static_assert(sizeof(Work) <= kSlotBytes, "a tile must fit in its slot");
+  static JFA_DEVICE Work* Slot(unsigned char* smem, int slot) {
+    return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
+  }
+
+  // --- producer: one warp, of which one lane gives the orders ---------------------------------
+
+  template <int kPanelCount, int kPanelBytes>
+  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
+                              int head, int batch, uint64 policy) {
+    MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
+#pragma unroll
+    for (int panel = 0; panel < kPanelCount; ++panel) {
+      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
+              policy);
+    }
+  }
+
+  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const ProblemParams& problem = params.fwd.problem;
+    const uint32 smem = SmemAddress(smem_pointer);
+    const bool leader = ReadLaneIndex() == 0;
+    TileWalk walk(params);
+    Tile tile;
+    RingTile t;
+    RingQ q;
+    Ring k, v;
+    // Values are needed one block later than keys, so their copies are ordered one block later.
+    int row_v = -1, head_v = 0, batch_v = 0;
+    const auto load_values = [&] {
+      if (row_v < 0) return;
+      if (leader) {
+        MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
+        Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
+                                     Address(smem, kFullV, v.stage), row_v, head_v, batch_v,
+                                     kL2EvictLast);
+      }
+      v.Advance();
+      row_v = -1;
+    };
+    while (walk.Next(&tile)) {
+      Work* slot = Slot(smem_pointer, t.stage);
+      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      __syncwarp();
+      slot->Set(problem, tile, leader);
+      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
+      t.Advance();
+      // From here on the tile is read where it was written, to save registers.
+      bool is_first = true;
+      Keys keys = slot->keys;
+      int block = keys.First();
+      if (block < 0) load_values();  // the consumers first finish what they have
+      for (; block >= 0; block = keys.Next(block)) {
+        const int row = slot->tile.sequence.kv_begin + block * C::kBlockN;
+        // A single buffer of Q is free only when all keys of the tile before have been used.
+        if (C::kStagesQ == 1 && is_first) load_values();
+        if (leader) {
+          MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
+          Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
+                                      Address(smem, kFullK, k.stage), row, slot->tile.kv_head,
+                                      slot->tile.batch, kL2EvictLast);
+        }
+        k.Advance();
+        if (is_first) {
+          if (leader) {
+            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
+            Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
+                                        Address(smem, kFullQ, q.stage),
+                                        slot->tile.sequence.q_begin + slot->tile.row0,
+                                        slot->tile.head, slot->tile.batch, kL2EvictFirst);
+          }
+          q.Advance();
+          is_first = false;
+        }
+        load_values();
+        row_v = row;
+        head_v = slot->tile.kv_head;
+        batch_v = slot->tile.batch;
+      }
+    }
+    load_values();
+    if (leader) {
+      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      Slot(smem_pointer, t.stage)->tile.row0 = -1;
+      MbarrierArrive(Address(smem, kFullTile, t.stage));
+    }
+  }
+
+  // --- consumers --------------------------------------------------------------------------------
+
+  // Shared memory operand in panels: rows in groups of 8 (1024 bytes); `leading` bytes from panel
+  // to panel, which counts only where a product's outer dimension runs over panels.
+  static JFA_DEVICE uint64 Descriptor(uint32 address, uint32 leading) {
+    constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = (8 * kRowBytes) >> 4;
+    return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |
+           (address & 0x3ffff) >> 4;
+  }
+
+  // s = Q K^T, started
+  static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k) {
+    const uint64 q = Descriptor(smem_q, 16), k = Descriptor(smem_k, 16);
+    Pin(s);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kDimSteps; ++step) {
+      const int panel = step / 4, within = step % 4 * 32;
+      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
+                                                      k + ((panel * kPanelBytesN + within) >> 4),
+                                                      step > 0);
+    }
+    WgmmaCommit();
+    Pin(s);
+  }
+
+  // out += P V, started
+  static JFA_DEVICE void OutputGemm(Output& out, const Weights& p, uint32 smem_v) {
+    const uint64 v = Descriptor(smem_v, kPanelBytesN);
+    Pin(out);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      Wgmma<C::kHeadDimV>::template Rs<C::kBf16, true>(out, p[step],
+                                                       v + ((step * 16 * kRowBytes) >> 4), 1);
+    }
+    WgmmaCommit();
+    Pin(out);
+  }
+
+  // Scores to logits, -inf where a row doesn't see a key.
+  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, int group, int block,
+                                    bool one_segment) {
+    const int key0 = block * C::kBlockN;
+    // Warps count from the producer's on.
+    const int row0 = work.tile.row0 - kGroupRows;
+    if constexpr (!decltype(work.logits)::kPlain) Place::Apply(s, work.logits, row0, key0);
+    if (work.mask.template NeedsMask<kGroupRows, C::kBlockN>(work.tile.row0 + group * kGroupRows,
+                                                             key0)) {
+      Place::HideBand(s, work.mask, row0, key0);
+    }
+    if constexpr (C::kSegments) {
+      if (!one_segment) Place::HideOtherSegments(s, work.ids, row0, key0);
+    }
+  }
+
+  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax) {
+#pragma unroll
+    for (int n = 0; n < 2 * kKeySteps; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
+    }
+  }
+
+  static JFA_DEVICE void Pack(Weights& p, const Scores& s) {
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      PackBlock<C::kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
+    }
+  }
+
+  // One lane per warp: a buffer is free when all consumer warps say so.
+  static JFA_DEVICE void Arrive(uint32 barrier) {
+    if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
+  }
+
+  // Padding may hold NaN, which a weight of zero doesn't silence. TMA zeroes what lies beyond the
+  // array, this what lies beyond a sequence's length, which only a tile's first block may hold.
+  // Every consumer warpgroup does it for itself: that needs no barrier between them, and writing a
+  // zero twice does no harm.
+  static JFA_DEVICE void ClearPadding(const ProblemParams& problem, const Work& work, int block,
+                                      uint32 smem, const Ring& v, int group) {
+    const Sequence& sequence = work.tile.sequence;
+    const int row = sequence.kv_len - block * C::kBlockN;
+    if (row >= C::kBlockN || sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
+    MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+    for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
+         i += kGroupThreads) {
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) {
+        StoreShared16(smem + kSmemV + v.stage * kBytesV + panel * kPanelBytesN + i * 16,
+                      make_uint4(0, 0, 0, 0));
+      }
+    }
+    FenceProxyAsync();
+    NamedBarrierSync(kGroup + group, kGroupThreads);
+  }
+
+  static JFA_DEVICE void TakeTurn(int group) {
+    if constexpr (C::kPingPong) NamedBarrierSync(kTurn + group, 2 * kGroupThreads);
+  }
+  static JFA_DEVICE void PassTurn(int group) {
+    if constexpr (C::kPingPong) {
+      NamedBarrierArrive(kTurn + (group + 1 == kConsumers ? 0 : group + 1), 2 * kGroupThreads);
+    }
+  }
+
+  static JFA_DEVICE void Consume(const FwdSm90Params& params, unsigned char* smem_pointer,
+                                 int group) {
+    const ProblemParams& problem = params.fwd.problem;
+    const uint32 smem = SmemAddress(smem_pointer);
+    RingTile t;
+    RingQ q;
+    Ring k, v;
+    if (C::kPingPong && group == 0) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
+
+    const auto wait_tile = [&] {
+      MbarrierWait(Address(smem, kFullTile, t.stage), t.parity);
+      const int slot = t.stage;
+      t.Advance();
+      return slot;
+    };
+    const auto release = [&](int slot) {
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, slot));
+    };
+    int slot = wait_tile(), block = -1;
+    Work work = *Slot(smem_pointer, slot);
+    // Tiles without keys are done at once; false at the end.
+    const auto skip_empty = [&] {
+      while (work.tile.row0 >= 0) {
+        block = work.keys.First();
+        if (block >= 0) return true;
+        Output zeros;
+        Clear(zeros);
+        const OnlineSoftmax<1> nothing(1.f);
+        Results::Store(params, smem + kSmemOut, kGroup + group, group, work.tile,
+                       Results::StoreLse(params, work.tile, nothing), zeros);
+        release(slot);
+        slot = wait_tile();
+        work = *Slot(smem_pointer, slot);
+      }
+      return false;
+    };
+
+    // A tile's first blocks may lie to the right of all that this warpgroup's rows see: it lets
+    // them pass, at most the one or two that begin between its last row's keys and the tile's.
+    int hidden_blocks = 0;
+    const auto skip_hidden = [&](int first) {
+      if constexpr (kMask != MaskKind::kFull) {
+        const int end = work.tile.row0 + (group + 1) * kGroupRows - 1 + work.mask.high;
+        while (first * C::kBlockN >= end &&
+               !(Mask::kHasSinks && first * C::kBlockN < work.mask.sink_tokens)) {
+          const int next = work.keys.Next(first);
+          if (next < 0) break;
+          MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+          Arrive(Address(smem, kEmptyK, k.stage));
+          k.Advance();
+          TakeTurn(group);
+          PassTurn(group);
+          ++hidden_blocks;
+          first = next;
+        }
+      }
+      return first;
+    };
+    const auto skip_hidden_values = [&] {
+      if constexpr (kMask != MaskKind::kFull) {
+        for (; hidden_blocks > 0; --hidden_blocks) {
+          MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+          Arrive(Address(smem, kEmptyV, v.stage));
+          v.Advance();
+        }
+      }
+    };
+
+    bool more = skip_empty();
+    while (more) {
+      Output out;
+      Scores s;
+      Weights p;
+      float factor[2];
+      float2 normalizer;
+      OnlineSoftmax<1> softmax(work.logits.Scale());
+      Clear(out);
+      Pin(out);
+
+      uint32 smem_q, empty_q;
+      const auto wait_q = [&] {
+        smem_q = smem + kSmemQ + q.stage * kBytesQ + group * kGroupRows * kRowBytes;
+        empty_q = Address(smem, kEmptyQ, q.stage);
+        MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
+        q.Advance();
+      };
+      wait_q();
+      block = skip_hidden(block);
+      MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+      ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+      bool one_segment = work.keys.one_segment;
+      int next = work.keys.Next(block);
+      WgmmaWait<0>();
+      Pin(s);
+      Arrive(Address(smem, kEmptyK, k.stage));
+      k.Advance();
+      if (next < 0) Arrive(empty_q);
+      MakeLogits(s, work, group, block, one_segment);
+      softmax.Follow(s, factor);
+      Weigh(s, softmax);
+      Pack(p, s);
+      skip_hidden_values();
+      ClearPadding(problem, work, block, smem, v, group);
+
+      int done;  // slot
+#pragma unroll 1
+      while (true) {
+        // The next block; that of the next tile, if it has any and Q has a second buffer.
+        const bool is_first = next < 0;
+        if (is_first) {
+          done = slot;
+          slot = wait_tile();
+          work = *Slot(smem_pointer, slot);
+          block = work.tile.row0 >= 0 ? work.keys.First() : -1;
+          if (C::kStagesQ == 1 || block < 0) break;
+          wait_q();
+          next = skip_hidden(block);
+        }
+        block = next;
+        MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
+        TakeTurn(group);
+        ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+        MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+        OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+        PassTurn(group);
+        if (is_first) {
+          normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+          softmax = OnlineSoftmax<1>(work.logits.Scale());
+        }
+        one_segment = work.keys.one_segment;
+        next = work.keys.Next(block);
+        WgmmaWait<1>();
+        Pin(s);
+        Arrive(Address(smem, kEmptyK, k.stage));
+        k.Advance();
+        if (next < 0) Arrive(empty_q);
+        MakeLogits(s, work, group, block, one_segment);
+        const bool rescale = softmax.Follow(s, factor);
+        Weigh(s, softmax);
+        WgmmaWait<0>();
+        Pin(out);
+        Arrive(Address(smem, kEmptyV, v.stage));
+        v.Advance();
+        Pack(p, s);
+        if (is_first) {
+          Results::Store(params, smem + kSmemOut, kGroup + group, group,
+                         Slot(smem_pointer, done)->tile, normalizer, out);
+          release(done);
+          Clear(out);
+          skip_hidden_values();
+          ClearPadding(problem, work, block, smem, v, group);
+        } else if (rescale) {
+          softmax.Rescale(out, factor);
+        }
+      }
+
+      MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
+      OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
+      normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+      WgmmaWait<0>();
+      Pin(out);
+      Arrive(Address(smem, kEmptyV, v.stage));
+      v.Advance();
+      Results::Store(params, smem + kSmemOut, kGroup + group, group, Slot(smem_pointer, done)->tile,
+                     normalizer, out);
+      release(done);
+      more = skip_empty();
+    }
+    TmaStoreWaitRead();
+  }
+
+  static JFA_DEVICE void Run(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
+    if (threadIdx.x == 0) {
+      TmaPrefetch(&params.q);
+      TmaPrefetch(&params.k);
+      TmaPrefetch(&params.v);
+      TmaPrefetch(&params.out);
+      for (int stage = 0; stage < C::kStagesQ; ++stage) {
+        MbarrierInit(Address(smem, kFullQ, stage), 1);
+        MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+      }
+      for (int slot = 0; slot < kTileSlots; ++slot) {
+        MbarrierInit(Address(smem, kFullTile, slot), 1);
+        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+      }
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        MbarrierInit(Address(smem, kFullK, stage), 1);
+        MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
+        MbarrierInit(Address(smem, kFullV, stage), 1);
+        MbarrierInit(Address(smem, kEmptyV, stage), 4 * kConsumers);
+      }
+      FenceMbarrierInit();
+    }
+    __syncthreads();
+    if (group == 0) {
+      ReleaseRegisters<kProducerRegisters>();
+      if (threadIdx.x < kWarpSize) Produce(params, smem_pointer);
+    } else {
+      ClaimRegisters<kConsumerRegisters>();
+      Consume(params, smem_pointer, group - 1);
+    }
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_

@@ -1,0 +1,141 @@
+// What a consumer warpgroup of the Hopper kernel writes: its 64 rows of output, and their LSE.
+#ifndef JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_
+
+#include "ptx_sm90.cuh"
+#include "row_scores.cuh"
+#include "softmax.cuh"
+#include "tiles_sm90.cuh"
+
+namespace jfa {
+
+template <class C>
+struct ResultsSm90 {
+  static constexpr int kGroupThreads = 128;
+  static constexpr int kGroupRows = 64;  // of one warpgroup: M of wgmma
+  static constexpr int kOutBlocks = C::kHeadDimV / 16;
+  static constexpr int kPanelColumns = 64;
+  static constexpr int kRowBytes = 2 * kPanelColumns;
+  static constexpr int kPanels = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelBytes = kGroupRows * kRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;  // in shared memory
+  using Output = float[1][2 * kOutBlocks][4];
+  using Tile = typename TilesSm90<C>::Tile;
+
+  // Four words of each of four lanes: lane t gets everybody's word t.
+  static JFA_DEVICE void Transpose(uint32 (&w)[4], int t) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool high = t & bit;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const uint32 got = __shfl_xor_sync(kFullWarp, high ? w[i] : w[i | bit], bit);
+        (high ? w[i] : w[i | bit]) = got;
+      }
+    }
+  }
+
+  // Returns the factors of this lane's two rows of output.
+  static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile,
+                                    const OnlineSoftmax<1>& softmax) {
+    const ProblemParams& problem = params.fwd.problem;
+    const Sequence& sequence = tile.sequence;
+    float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head) + sequence.q_begin;
+    const float sink = params.fwd.sinks == nullptr
+                           ? -Infinity()
+                           : __ldg(params.fwd.sinks +
+                                   static_cast<int64>(tile.batch) * problem.num_heads + tile.head);
+    const bool writes = ReadLaneIndex() % 4 == 0;
+    float normalizer[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const OnlineSoftmax<1>::Result result = softmax.Finalize(half, sink);
+      const int row = RowScores<4, 1, 1>::RowOf(tile.row0 - kGroupRows, half);
+      if (writes && row < sequence.q_rows) {
+        lse[row] = row < sequence.q_len ? result.lse : -Infinity();
+      }
+      normalizer[half] = result.normalizer;
+    }
+    return make_float2(normalizer[0], normalizer[1]);
+  }
+
+  // Normalises and writes out.
+  static JFA_DEVICE void Store(const FwdSm90Params& params, uint32 smem_out, int barrier, int group,
+                               const Tile& tile, float2 normalizer, const Output& out) {
+    // The copy engine knows the array's end, not a packed sequence's.
+    if (C::kStageOut &&
+        !(C::kPacked && tile.row0 + (group + 1) * kGroupRows > tile.sequence.q_rows)) {
+      StoreByEngine(params, smem_out + group * kBytes, barrier, group, tile, normalizer, out);
+    } else if (C::kPacked || !C::kStageOut) {
+      StoreDirectly(params, tile, normalizer, out);
+    }
+  }
+
+  // A select, not a product with zero: padding rows of Q may have made NaN.
+  static JFA_DEVICE uint32 PackPair(const float* x, float factor, bool valid) {
+    return valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
+  }
+
+  // Through shared memory of the warpgroup's own.
+  static JFA_DEVICE void StoreByEngine(const FwdSm90Params& params, uint32 smem_out, int barrier,
+                                       int group, const Tile& tile, float2 normalizer,
+                                       const Output& out) {
+    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
+    if (thread == 0) TmaStoreWaitRead();  // for the tile before
+    const int row0 = tile.row0 - kGroupRows, q_len = tile.sequence.q_len;
+    const bool valid0 = RowScores<4, 1, 1>::RowOf(row0, 0) < q_len,
+               valid1 = RowScores<4, 1, 1>::RowOf(row0, 1) < q_len;
+    NamedBarrierSync(barrier, kGroupThreads);
+    const uint32 base = smem_out + (thread / kWarpSize * 16 + (lane & 15)) * kRowBytes +
+                        (((lane >> 4) ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int n = 0; n < kOutBlocks; ++n) {
+      const uint32 r[4] = {PackPair(&out[0][2 * n][0], normalizer.x, valid0),
+                           PackPair(&out[0][2 * n][2], normalizer.y, valid1),
+                           PackPair(&out[0][2 * n + 1][0], normalizer.x, valid0),
+                           PackPair(&out[0][2 * n + 1][2], normalizer.y, valid1)};
+      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytes, r);
+    }
+    FenceProxyAsync();
+    NamedBarrierSync(barrier, kGroupThreads);
+    if (thread == 0) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        TmaStore(&params.out, smem_out + panel * kPanelBytes, panel * kPanelColumns,
+                 tile.sequence.q_begin + tile.row0 + group * kGroupRows, tile.head, tile.batch);
+      }
+      TmaStoreCommit();
+    }
+  }
+
+  // Straight from registers: the four lanes that share a row exchange their columns until each has
+  // 16 consecutive bytes.
+  static JFA_DEVICE void StoreDirectly(const FwdSm90Params& params, const Tile& tile,
+                                       float2 normalizer, const Output& out) {
+    const int t = ReadLaneIndex() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = RowScores<4, 1, 1>::RowOf(tile.row0 - kGroupRows, half);
+      const bool valid = row < tile.sequence.q_len;
+      uint16* target =
+          RowPointer(params.fwd.out, tile.batch, tile.head, tile.sequence.q_begin + row) + 8 * t;
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimV / 32; ++n) {
+        uint32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          w[i] = PackPair(&out[0][4 * n + i][2 * half], half ? normalizer.y : normalizer.x, valid);
+        }
+        Transpose(w, t);
+        if (row < tile.sequence.q_rows && 32 * n + 8 * t < params.fwd.problem.head_dim_v) {
+          StoreGlobal16(target + 32 * n, w);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_

@@ -1,0 +1,121 @@
+// The tiles of the Hopper kernel's CTAs: which there are, in what order, and what each consists of.
+#ifndef JAX_FLASHATTN_CC_KERNELS_TILES_SM90_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_TILES_SM90_CUH_
+
+#include "kv_source.cuh"
+#include "logits.cuh"
+#include "mask.cuh"
+
+namespace jfa {
+
+// Position in a ring of kStages buffers; the parity of a buffer's barriers flips with each round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32 parity = 0;
+  JFA_DEVICE void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class C>
+struct TilesSm90 {
+  static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+
+  // One row tile of one query head.
+  struct Tile {
+    int row0, batch, head, kv_head;
+    Sequence sequence;
+  };
+
+  // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
+  // long and a short one, all equally long, which CTAs that stay can share evenly; middle tiles,
+  // where there is an odd number, come after all pairs. Where items are alike, those of one key
+  // head follow each other, while the L2 has its keys.
+  struct Walk {
+    const FwdSm90Params& params;
+    int num_row_tiles, blocks_per_head;
+    uint32 num_items, item;
+    bool second = false;
+
+    JFA_DEVICE explicit Walk(const FwdSm90Params& p)
+        : params(p),
+          num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
+          blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
+          num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
+          item(blockIdx.x) {}
+
+    JFA_DEVICE uint32 NumHeads() const {
+      return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
+    }
+
+    // False at the end. All lanes of a warp together.
+    JFA_DEVICE bool Next(Tile* tile) {
+      const ProblemParams& problem = params.fwd.problem;
+      while (item < num_items) {
+        const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
+        const bool alike = kMask == MaskKind::kFull || params.paired;
+        WorkItem work;
+        if (item < middles) {
+          work = ScheduleWork(
+              item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
+              static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
+              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask);
+        } else {
+          const int head = item - middles;
+          work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
+        }
+        const bool last_first = kMask != MaskKind::kFull && !second;
+        second = params.paired && !second && item < middles;
+        if (!second) item += gridDim.x;
+        if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
+          continue;
+        }
+        tile->row0 = work.block * C::kBlockM;
+        tile->batch = work.batch;
+        tile->head = work.head;
+        tile->kv_head = work.head / problem.group;
+        return true;
+      }
+      return false;
+    }
+  };
+
+  using Mask = BandMask<kMask>;
+  using Ids = SegmentIds<C::kSegments>;
+  using Keys = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>;
+  static JFA_DEVICE Keys KeysOf(const Tile& tile, const Mask& mask, const Ids& ids) {
+    return Keys::template Of<kWarpSize>(mask, ids, tile.row0, nullptr);
+  }
+
+  // A tile, and all that its scores go through. The producer makes it, and hands it to the
+  // consumers in shared memory.
+  struct Work {
+    Tile tile;  // row0 -1: there are no more
+    Mask mask;
+    Ids ids;
+    Keys keys;
+    LogitMap<C::kSoftcap, C::kAlibi> logits;
+
+    // By a whole warp, whose leader writes; part by part, to save registers.
+    JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
+      if (leader) tile = t;
+      const Mask new_mask(problem, t.sequence);
+      if (leader) mask = new_mask;
+      const Ids new_ids(problem, t.batch, t.kv_head);
+      if (leader) ids = new_ids;
+      const Keys new_keys = KeysOf(t, new_mask, new_ids);
+      if (leader) keys = new_keys;
+      __syncwarp();
+      if (leader) logits = {problem, t.sequence, t.batch, t.head};
+      __syncwarp();
+    }
+  };
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_TILES_SM90_CUH_
