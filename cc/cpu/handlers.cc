@@ -179,8 +179,8 @@ class Buffers {
   }
 
  private:
-  static const ffi::AnyBuffer& Unwrap(const ffi::AnyBuffer& x) { return x; }
-  static const ffi::AnyBuffer& Unwrap(const ffi::Result<ffi::AnyBuffer>& x) { return *x; }
+  static const ffi::AnyBuffer& Unwrap(ffi::AnyBuffer& x) { return x; }
+  static const ffi::AnyBuffer& Unwrap(ffi::Result<ffi::AnyBuffer>& x) { return *x; }
 
   const ffi::AnyBuffer* At(size_t i, std::string_view name) {
     if (i < buffers_.size()) {

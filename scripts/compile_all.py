@@ -1,0 +1,75 @@
+"""Compiles CUDA kernels for every architecture, without a GPU, and writes docs/kernels.md.
+
+Usage: python scripts/compile_all.py [--product]. Without `--product`: bfloat16, each head dim, mask
+and operation without further features. With it: the full product of all that kernels are compiled
+for, some 17000 variants, which takes hours.
+"""
+
+import argparse
+import itertools
+import os
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+
+from jax_flashattn import _native
+
+ROOT = pathlib.Path(__file__).parent.parent
+ARCHS = (80, 86, 89, 90, 100, 120)
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
+LAYOUTS = ((), ("segments",), ("packed",))
+
+
+def _variants(product: bool) -> list[tuple]:
+    dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
+    logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
+    features = [x + y for x in logits for y in LAYOUTS] if product else [()]
+    masks = ("full", "causal", "local")
+    return [
+        (op, dtype, *dims, mask, [*more, *extra], arch)
+        for arch, (op, extra), dims, dtype, mask, more in itertools.product(
+            ARCHS, OPS, HEAD_DIMS, dtypes, masks, features
+        )
+    ]
+
+
+def _rows(variant: tuple) -> list[tuple]:
+    specs = {x["symbol"]: x for x in _native.cuda_explain(*variant)["kernels"]}
+    return [
+        (
+            kernel["arch"],
+            kernel["symbol"],
+            specs[kernel["symbol"]]["threads"],
+            kernel["registers"],
+            kernel["local_bytes"],
+            specs[kernel["symbol"]]["smem_bytes"],
+        )
+        for kernel in _native.cuda_warm(*variant)
+    ]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--product", action="store_true", help="every variant there is")
+    variants = _variants(parser.parse_args().product)
+    rows: set[tuple] = set()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, found in enumerate(pool.map(_rows, variants), 1):
+            rows.update(found)
+            print(f"\r{done}/{len(variants)} variants", end="", flush=True)
+    print(f"\n{len(rows)} kernels, {sum(row[4] > 0 for row in rows)} with a stack")
+    lines = [
+        "# Resources of the CUDA kernels",
+        "",
+        f"By `scripts/compile_all.py` with NVRTC {_native.nvrtc_version()}. Shared memory is what a",
+        "launch asks for; stack holds spilled registers.",
+        "",
+        "| arch | kernel | threads | registers | stack, bytes | shared memory, bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in sorted(rows)]
+    (ROOT / "docs" / "kernels.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    _main()
