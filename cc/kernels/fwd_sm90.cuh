@@ -412,6 +412,16 @@ struct FwdSm90 {
       ClearPadding(problem, work, block, smem, v, group);
 
       int done;  // slot
+      int pending = -1;
+      const auto flush = [&] {
+        if (pending >= 0) {
+          Results::Store(params, smem + kSmemOut, kGroup + group, group,
+                         Slot(smem_pointer, pending)->tile, normalizer, out);
+          release(pending);
+          Clear(out);
+          pending = -1;
+        }
+      };
 #pragma unroll 1
       while (true) {
         // The next block; that of the next tile, if it has any and Q has a second buffer.
@@ -429,6 +439,7 @@ struct FwdSm90 {
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         TakeTurn(group);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+        flush();
         MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
         PassTurn(group);
@@ -446,16 +457,14 @@ struct FwdSm90 {
         MakeLogits(s, work, group, block, one_segment);
         const bool rescale = softmax.Follow(s, factor);
         Weigh(s, softmax);
+        Pin(s);  // or the compiler leaves half of the weights for after the wait
         WgmmaWait<0>();
         Pin(out);
         Arrive(Address(smem, kEmptyV, v.stage));
         v.Advance();
         Pack(p, s);
         if (is_first) {
-          Results::Store(params, smem + kSmemOut, kGroup + group, group,
-                         Slot(smem_pointer, done)->tile, normalizer, out);
-          release(done);
-          Clear(out);
+          pending = done;
           skip_hidden_values();
           ClearPadding(problem, work, block, smem, v, group);
         } else if (rescale) {
@@ -463,6 +472,7 @@ struct FwdSm90 {
         }
       }
 
+      flush();
       MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
       OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
       normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
