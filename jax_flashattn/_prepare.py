@@ -138,8 +138,9 @@ def _finish(
         if soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
     left, right = _window(local_window_size)
+    has_window = any(x is not None for x in _pair(local_window_size))
     sink_tokens = min(_spec.static_int("sink_tokens", sink_tokens, 0), _spec.MAX_LENGTH)
-    if sink_tokens and not is_causal and left is None and right is None:
+    if sink_tokens and not is_causal and not has_window:
         raise ValueError(
             f"sink_tokens must come with a window or a causal mask, got {sink_tokens} without: "
             "all keys are visible already"
@@ -196,13 +197,16 @@ def _arrays(q: Any, k: Any, v: Any, implementation: Any) -> tuple[Any, Any, Any,
     return q, k, v, tuple(q.shape[:-3])
 
 
-def _window(size: Any) -> tuple[int | None, int | None]:
-    """Keys visible to the left and to the right of the position; None is open."""
-    if size is None:
-        return None, None
+def _pair(size: Any) -> tuple[Any, Any]:
+    """`local_window_size` as (left, right)."""
     left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
     if isinstance(left, (tuple, list)):
         raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
+    return left, right
+
+
+def _window(size: Any) -> tuple[int | None, int | None]:
+    """Keys visible to the left and to the right of the position; None is open."""
 
     def side(x: Any) -> int | None:
         if x is None:
@@ -210,6 +214,7 @@ def _window(size: Any) -> tuple[int | None, int | None]:
         size = _spec.static_int("local_window_size", x, 0)
         return None if size > MAX_WINDOW else size
 
+    left, right = _pair(size)
     return side(left), side(right)
 
 
