@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashattn._api import attention, attention_varlen
-from jax_flashattn._timing import timers
+from jax_flashattn._timing import repeats_for, timers
 
 SEQ_LEN, PACKED_LEN = 16384, 32768
 WINDOW = 1024
@@ -106,8 +106,13 @@ def _cases(heads: int) -> list[Case]:
     ]
 
 
-def run(*, heads: int) -> list[dict[str, Any]]:
-    """Times every case, bfloat16, in alternation with plain causal; prints and returns rows."""
+def run(*, heads: int, speed: float) -> list[dict[str, Any]]:
+    """Times every case, bfloat16, in alternation with plain causal; prints and returns rows.
+
+    Args:
+      heads: query and key heads.
+      speed: about what the device does, FLOP/s; long calls are repeated less.
+    """
     rows = []
     print("| pass | feature | head dim | S | ms | time per visible pair over causal |")
     print("|---|---|---|---|---|---|")
@@ -116,7 +121,8 @@ def run(*, heads: int) -> list[dict[str, Any]]:
         shape = (1, case.seq_len, heads, case.head_dim)
         keys = jax.random.split(jax.random.key(0), 3)
         inputs = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-        timed = timers(case.function, (*inputs, *case.more))
+        flops = 4 * heads * case.visible * case.head_dim
+        timed = timers(case.function, (*inputs, *case.more), repeats_for(flops / speed))
         if case.name == "causal":
             plain[case.head_dim] = case, timed
         base, base_timed = plain[case.head_dim]

@@ -16,50 +16,49 @@ LEAST_SECONDS = 0.03
 MOST_REPEATS = 64
 
 
-def _seconds(compiled: Any, args: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    return time.perf_counter() - start
+def repeats_for(seconds: float) -> int:
+    """Calls in one timed program if one takes about so long."""
+    return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS / seconds)))
 
 
-def _timer(program: Callable[..., Any], *args: Any) -> Timer:
-    """Times `program(repeats, *args)`, with as many repeats as it takes to time it well."""
+def _timer(program: Callable[..., Any], repeats: int, *args: Any) -> Timer:
+    compiled = jax.jit(program).lower(*args).compile()
+    for _ in range(2):
+        jax.block_until_ready(compiled(*args))
 
-    def compiled(repeats: int) -> Any:
-        run = jax.jit(lambda *x: program(repeats, *x)).lower(*args).compile()
-        for _ in range(2):
-            jax.block_until_ready(run(*args))
-        return run
+    def seconds() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        return (time.perf_counter() - start) / repeats
 
-    once = min(_seconds(run, args) for run in [compiled(1)] * 3)
-    repeats = min(MOST_REPEATS, math.ceil(LEAST_SECONDS / once))
-    if repeats > 1:  # most of a single call may be overhead
-        few = compiled(repeats)
-        each = min(_seconds(few, args) for _ in range(3)) / repeats
-        repeats = min(MOST_REPEATS, math.ceil(LEAST_SECONDS / each))
-    run = compiled(repeats)
-    return lambda: _seconds(run, args) / repeats
+    return seconds
 
 
-def timers(function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> dict[str, Timer]:
+def timers(
+    function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
+) -> dict[str, Timer]:
     """Timers of forward ("fwd") and backward ("bwd") of one function.
 
     Args:
       function: of `inputs`; its result has the shape of the first of them.
       inputs: what it is differentiated by.
+      repeats: calls in one timed program.
     """
     out, vjp = jax.vjp(function, *inputs)
 
     # Each call takes the last one's result, or XLA would merge them.
-    def forward(repeats: int, q: jax.Array, *others: jax.Array) -> jax.Array:
+    def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
         for _ in range(repeats):
             q = function(q, *others)
         return q
 
-    def backward(repeats: int, vjp: Any, dout: jax.Array) -> Any:
+    def backward(vjp: Any, dout: jax.Array) -> Any:
         grads = (dout,)
         for _ in range(repeats):
             grads = vjp(grads[0])
         return grads
 
-    return {"fwd": _timer(forward, *inputs), "bwd": _timer(backward, vjp, out)}
+    return {
+        "fwd": _timer(forward, repeats, *inputs),
+        "bwd": _timer(backward, repeats, vjp, out),
+    }
