@@ -57,8 +57,7 @@ def _transpose(
     no_gradient = [None] * (len(operands) - num_linear)
     if type(dout) is ad.Zero and type(dlse) is ad.Zero:
         return [*no_gradient, *(ad.Zero(x.aval) for x in operands[-num_linear:])]
-    if type(dout) is ad.Zero:
-        dout = jnp.zeros_like(out)
+    dout: Any = jnp.zeros_like(out) if type(dout) is ad.Zero else dout
     has_dlse = type(dlse) is not ad.Zero
     q, k, v = primals[:3]
     aux = dict(zip(spec.aux, primals[3:], strict=True))
