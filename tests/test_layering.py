@@ -31,6 +31,10 @@ PYTHON = {
 }
 
 
+# What builds upon the package from outside of that order, as users do.
+FLAX = {"_api", "_spec", "flax"}
+
+
 def imports(source: str) -> set[str]:
     found = set(re.findall(r"from jax_flashattn\.(\w+) import", source))
     for names in re.findall(r"from jax_flashattn import (.+)", source):
@@ -43,6 +47,15 @@ def imports(source: str) -> set[str]:
 )
 def test_python(path):
     assert imports(path.read_text()) <= PYTHON[path.stem] | {path.stem}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jax_flashattn" / "flax").glob("*.py")), ids=lambda p: p.stem
+)
+def test_flax(path):
+    found = re.findall(r"from jax_flashattn(?:\.([\w.]+))? import (.+)", path.read_text())
+    modules = {module.split(".")[0] or name for module, name in found}
+    assert modules <= FLAX
 
 
 def sources(*suffixes: str) -> list[pathlib.Path]:
@@ -60,7 +73,7 @@ def test_only_handlers_know_xla_and_only_the_module_knows_python():
 
 
 def test_files_are_short():
-    files = [*sources(".cc", ".h", ".cuh"), *(ROOT / "jax_flashattn").glob("*.py")]
+    files = [*sources(".cc", ".h", ".cuh"), *(ROOT / "jax_flashattn").rglob("*.py")]
     files += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     for path in files:
         assert len(path.read_text().splitlines()) <= 600, path
