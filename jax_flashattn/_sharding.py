@@ -28,6 +28,8 @@ def partition_attributes(
       sizes: size of each letter.
       num_batch_dims: how many leading axes, common to all, may be split.
     """
+    if not all(isinstance(size, int) for size in sizes.values()):
+        return {}  # exported with symbolic shapes, for which there are no rules: not to be split
     letters = sorted(sizes, key="".join([*operands, *results]).index)
     factor = {letter: chr(ord("i") + index) for index, letter in enumerate(letters)}
 
