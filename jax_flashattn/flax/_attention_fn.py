@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_flashattn._api import attention
 from jax_flashattn._spec import UnsupportedError
@@ -110,7 +111,7 @@ def _apply_mask(
         keys = jnp.broadcast_to(keys, (*batch, S)).astype(jnp.int32)
         options["segment_ids"] = (jnp.ones((*batch, T), jnp.int32), keys)
         return is_causal
-    if not isinstance(mask, jax.core.Tracer):
+    if not isinstance(mask, Tracer):
         known = np.asarray(mask).astype(bool)
         if known.all():
             return is_causal

@@ -94,9 +94,9 @@ class FlashAttention(nnx.Module):
             self.value = linear(in_features, (self.num_kv_heads, self.head_dim))
         self.out = linear((self.num_heads, self.head_dim), out_features or in_features, (-2, -1))
         self.sinks = nnx.Param(jnp.zeros(num_heads, param_dtype)) if use_sinks else nnx.data(None)
-        self.cached_key = nnx.data(None)
-        self.cached_value = nnx.data(None)
-        self.cache_index = nnx.data(None)
+        self.cached_key: Any = nnx.data(None)
+        self.cached_value: Any = nnx.data(None)
+        self.cache_index: Any = nnx.data(None)
 
     def init_cache(
         self, batch: int | tuple[int, ...], max_length: int, dtype: Any = jnp.float32
