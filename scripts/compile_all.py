@@ -58,12 +58,12 @@ def _main() -> None:
             rows.update(found)
             print(f"\r{done}/{len(variants)} variants", end="", flush=True)
     print(f"\n{len(rows)} kernels, {sum(row[4] > 0 for row in rows)} with a stack")
+    version = _native.nvrtc_version()
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"By `scripts/compile_all.py` with NVRTC {_native.nvrtc_version()}. Shared memory is what a "
-        "launch asks for; stack holds",
-        "spilled registers.",
+        f"By `scripts/compile_all.py` with NVRTC {version}. Shared memory is what a launch asks for;",
+        "stack holds spilled registers.",
         "",
         "| arch | kernel | threads | registers | stack, bytes | shared memory, bytes |",
         "|---|---|---|---|---|---|",
