@@ -62,8 +62,8 @@ def _main() -> None:
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"By `scripts/compile_all.py` with NVRTC {version}. Shared memory is what a launch asks for;",
-        "stack holds spilled registers.",
+        f"By `scripts/compile_all.py` with NVRTC {version}. Shared memory is what a launch asks",
+        "for; stack holds spilled registers.",
         "",
         "| arch | kernel | threads | registers | stack, bytes | shared memory, bytes |",
         "|---|---|---|---|---|---|",
