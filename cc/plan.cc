@@ -201,6 +201,8 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
     if (segments || variant.packed) return {128, 128, 2, false};
     return {192, variant.softcap || variant.alibi ? 112 : 128, 2, true};
   }
+  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
+  if (size <= 96 && plain && variant.mask == Mask::kFull) return {192, 96, 2, true, 1};
   if (size <= 128) return {128, segments ? 96 : 128, 2, false};
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
   return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};

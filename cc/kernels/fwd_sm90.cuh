@@ -412,15 +412,20 @@ struct FwdSm90 {
       ClearPadding(problem, work, block, smem, v, group);
 
       int done;  // slot
-      int pending = -1;
-      const auto flush = [&] {
-        if (pending >= 0) {
-          Results::Store(params, smem + kSmemOut, kGroup + group, group,
-                         Slot(smem_pointer, pending)->tile, normalizer, out);
-          release(pending);
-          Clear(out);
-          pending = -1;
-        }
+      // A tile's output may wait in registers until the next tile's second product of scores runs.
+      // Where warpgroups take turns, this would make them longer.
+      constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong;
+      int unstored = -1;  // slot
+      const auto store = [&](int tile_slot) {
+        Results::Store(params, smem + kSmemOut, kGroup + group, group,
+                       Slot(smem_pointer, tile_slot)->tile, normalizer, out);
+        release(tile_slot);
+      };
+      const auto store_waiting = [&] {
+        if (!kStoreLater || unstored < 0) return;
+        store(unstored);
+        Clear(out);
+        unstored = -1;
       };
 #pragma unroll 1
       while (true) {
@@ -439,7 +444,7 @@ struct FwdSm90 {
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         TakeTurn(group);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
-        flush();
+        store_waiting();
         MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
         PassTurn(group);
@@ -464,7 +469,12 @@ struct FwdSm90 {
         v.Advance();
         Pack(p, s);
         if (is_first) {
-          pending = done;
+          if constexpr (kStoreLater) {
+            unstored = done;
+          } else {
+            store(done);
+            Clear(out);
+          }
           skip_hidden_values();
           ClearPadding(problem, work, block, smem, v, group);
         } else if (rescale) {
@@ -472,7 +482,7 @@ struct FwdSm90 {
         }
       }
 
-      flush();
+      store_waiting();
       MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
       OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
       normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
@@ -480,9 +490,7 @@ struct FwdSm90 {
       Pin(out);
       Arrive(Address(smem, kEmptyV, v.stage));
       v.Advance();
-      Results::Store(params, smem + kSmemOut, kGroup + group, group, Slot(smem_pointer, done)->tile,
-                     normalizer, out);
-      release(done);
+      store(done);
       more = skip_empty();
     }
     TmaStoreWaitRead();
