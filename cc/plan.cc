@@ -11,6 +11,9 @@ constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
 constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
+constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
+// CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
+constexpr int64_t kMostDecodeCtas = 192 * 2;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
 int TileClass(int head_dim) {
@@ -208,6 +211,31 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
 }
 
+// Decode: blocks of 32 KB of K and V, so that copies are long and a ring of several covers the
+// latency of memory.
+struct DecodeTile {
+  int rows, block_n, stages, smem;
+};
+
+DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, int smem_kb) {
+  constexpr int kMostStages = 6, kLeastStages = 2, kWarps = 4;
+  const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
+  for (int tile_rows = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;; tile_rows *= 2) {
+    // Q, the buffer through which outputs are merged, and the rows' sums.
+    const int fixed = 128 * panels * tile_rows + 4 * 16 * kWarps * 72 + 8 * 16 * kWarps;
+    const int least_block = 16 * kWarps / (tile_rows / 16);
+    // With as many rows and columns there are no registers for the scores of more keys.
+    const int most_block = panels + panels_v <= 2 ? 128 : tile_rows == 64 && panels_v == 4 ? 32 : 64;
+    for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
+      const int stage = 128 * (panels + panels_v) * block_n + 16;
+      const int stages = std::min(kMostStages, (smem_kb * 1024 - fixed) / stage);
+      if (stages >= kLeastStages || tile_rows == 64) {
+        return {tile_rows, block_n, stages, fixed + stages * stage};
+      }
+    }
+  }
+}
+
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
 void AddInt(Fields* fields, const char* name, int64_t value) {
@@ -316,6 +344,35 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
           tile.block_n};
 }
 
+// The copy engine wants 16-byte rows, and so does everybody who copies 16 bytes at a time: what
+// isn't aligned goes to the forward kernels.
+std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const ArchInfo& info,
+                                   int arch) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const DecodeTile tile =
+      PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, info.smem_kb);
+  const bool tma = arch == 90 && variant.family != Family::kSm80;
+  const int warps = 4 + (tma ? 1 : 4);
+  Fields fields = CommonFields(variant, common, warps, 1);
+  AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
+  AddInt(&fields, "kRows", tile.rows);
+  AddBool(&fields, "kTma", tma);
+  const std::string rows = "_r" + std::to_string(tile.rows);
+  KernelSpec decode = {"decode.cuh",
+                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + rows, fields,
+                       warps * 32, tile.smem};
+  if (tma) decode.box_rows_kv = tile.block_n;
+  Fields combine;
+  AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
+  AddInt(&combine, "kRows", tile.rows);
+  AddInt(&combine, "kWarps", kCombineRows);
+  AddInt(&combine, "kMinBlocks", 1);
+  return {decode,
+          {"decode_combine.cuh", std::string("jfa_decode_combine_") + Name(variant.dtype) + rows,
+           combine, kCombineRows * 32, 0}};
+}
+
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
   BwdTile tile = PickBwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb,
                              variant.deterministic);
@@ -386,6 +443,8 @@ struct Entry {
 constexpr Entry kEntries[] = {
     {"fwd_sm90.cuh", "FwdSm90", "FwdSm90Params", true},
     {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
+    {"decode.cuh", "Decode", "DecodeParams", true},
+    {"decode_combine.cuh", "DecodeCombine", "DecodeParams", false},
     {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
     {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
     {"bwd_preprocess.cuh", "BwdPreprocess", "BwdParams", false},
@@ -397,7 +456,7 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes, v.family);
+                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.family);
   };
   return fields(a) == fields(b);
 }
@@ -419,7 +478,13 @@ Plan MakePlan(const Variant& variant, int arch) {
   if (!plan.error.empty()) return plan;
 
   const Common common = MakeCommon(variant, info);
-  if (variant.op == Op::kFwd) {
+  if (variant.op == Op::kDecode) {
+    if (!common.aligned || variant.segments || variant.packed) {
+      plan.error = "decode: expected head dims that are multiples of 8, no segments and no packing";
+      return plan;
+    }
+    plan.kernels = MakeDecode(variant, common, info, arch);
+  } else if (variant.op == Op::kFwd) {
     plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
                                                         : MakeFwd(variant, common, info)};
   } else if (variant.deterministic) {
@@ -446,6 +511,13 @@ Plan MakePlan(const Variant& variant, int arch) {
 Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
               int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
+  if (variant.op == Op::kDecode) {
+    const int64_t ctas = DecodeCtas(plan.kernels.front(), problem, multiprocessors);
+    if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1};
+    const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+    return {static_cast<uint32_t>(std::max<int64_t>(ctas - 1, 0) * CeilDiv(rows, kCombineRows)), 1,
+            1};
+  }
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
   if (kernel.file == "fwd_sm90.cuh") {
@@ -488,6 +560,42 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
                          (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
   // If in doubt pairs: they also share keys better.
   return paired * 15 <= single * 16;
+}
+
+namespace {
+
+// 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
+constexpr int64_t kDecodeHeaderWords = 4;
+int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
+  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  return 8 + 2 * rows * (2 + head_dim_v);
+}
+
+}  // namespace
+
+int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
+  return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
+}
+
+int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors) {
+  const int64_t rows = problem.q_len * problem.group;
+  if (rows == 0) return 0;
+  const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
+  const int64_t blocks =
+      tiles * std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
+                       DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
+  return std::min({int64_t{multiprocessors}, blocks, room});
+}
+
+int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
+  // The tile differs between architectures, its rows and blocks only by little: the larger ones.
+  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 64);
+  const int64_t tiles = problem.batch * problem.num_kv_heads *
+                        CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
+  const int64_t ctas =
+      std::min(kMostDecodeCtas, tiles * std::max<int64_t>(CeilDiv(problem.kv_len, 16), 1));
+  return kDecodeHeaderWords + ctas * (8 + 2 * rows * (2 + variant.head_dim_v));
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {

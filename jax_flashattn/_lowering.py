@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flashattn import _lowering_cpu, _lowering_cuda, _reference
+from jax_flashattn import _lowering_cpu, _lowering_cuda, _lowering_serve, _reference
 from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 
@@ -77,9 +77,17 @@ def _lower(
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
 
 
+def fwd_cuda(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
+    """Few queries have a kernel of their own."""
+    q, k, v = ctx.avals_in[:3]
+    if not _lowering_serve.decodes(q, v, k.shape[2], spec):
+        return _lower("cuda", _lowering_cuda.forward, ctx, *operands, spec=spec)
+    _check_implementation(spec, "cuda")
+    return _lowering_serve.decode(ctx, *operands, spec=spec)
+
+
 fwd_dense = partial(_lower_dense, _fwd_reference)
 bwd_dense = partial(_lower_dense, _bwd_reference)
 fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward)
 bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
-fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)
 bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward)

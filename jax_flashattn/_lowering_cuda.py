@@ -36,9 +36,12 @@ for _p in (_fwd_p, _bwd_p):
 
 
 def variant(
-    spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False
+    spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False, rows: int = 0
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count."""
+    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count.
+
+    `rows` are the queries of one key head, for op 'decode'.
+    """
     features = {
         "softcap": spec.soft_cap is not None,
         "alibi": "alibi_slopes" in spec.aux,
@@ -46,6 +49,7 @@ def variant(
         "packed": "cu_seqlens_q" in spec.aux,
         "deterministic": op == "bwd" and spec.deterministic,
         "dslopes": has_dslopes,
+        "paged": op == "fwd" and "page_table" in spec.aux,
     }
     return {
         "op": op,
@@ -54,10 +58,11 @@ def variant(
         "head_dim_v": v.shape[-1],
         "mask": spec.mask_kind,
         "features": [name for name, given in features.items() if given],
+        "rows": rows,
     }
 
 
-def _require_cached(variant: dict[str, Any]) -> None:
+def require_cached(variant: dict[str, Any]) -> None:
     """With `JFA_DISABLE_JIT=1`, raises KernelNotCachedError where a GPU of this machine would.
 
     XLA compiles later and elsewhere, and its errors have no type.
@@ -94,17 +99,17 @@ def check_supported(q: Any, v: Any) -> None:
 # From [B, T, N, H] to the custom call's shapes and back.
 
 
-def _split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
+def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
     B, T, N, H = x.shape
     return x.reshape(B, T, num_kv_heads, N // num_kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
-def _merge_heads(x: jax.Array) -> jax.Array:
+def merge_heads(x: jax.Array) -> jax.Array:
     B, K, G, T, H = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _keys_first(x: jax.Array) -> jax.Array:
+def keys_first(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
@@ -117,7 +122,7 @@ def _segment_ranges(ids: jax.Array) -> jax.Array:
     return jnp.stack([ids.min(axis=-1), ids.max(axis=-1)], axis=-1)
 
 
-def _aux_operands(
+def aux_operands(
     spec: AttentionSpec, aux: Sequence[jax.Array], num_kv_heads: int
 ) -> list[jax.Array]:
     """The optional arrays with the axes B and K in front; ranges of segment ids after the ids."""
@@ -139,12 +144,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`fwd_p` by the CUDA kernels."""
     check_supported(q, v)
-    _require_cached(variant(spec, "fwd", q, v))
+    require_cached(variant(spec, "fwd", q, v))
     B, T, N, _ = q.shape
     K = k.shape[2]
-    operands = _split_heads(q, K), _keys_first(k), _keys_first(v), *_aux_operands(spec, aux, K)
+    operands = split_heads(q, K), keys_first(k), keys_first(v), *aux_operands(spec, aux, K)
     out, lse = _fwd_p.bind(*operands, spec=spec)
-    return _merge_heads(out), lse.reshape(B, N, T)
+    return merge_heads(out), lse.reshape(B, N, T)
 
 
 def backward(
@@ -153,27 +158,27 @@ def backward(
     """`bwd_p` by the CUDA kernels."""
     q, k, v, out, lse, dout, *rest = operands
     check_supported(q, v)
-    _require_cached(variant(spec, "bwd", q, v, has_dslopes=has_dslopes))
+    require_cached(variant(spec, "bwd", q, v, has_dslopes=has_dslopes))
     B, T, N, _ = q.shape
     K = k.shape[2]
     rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
     dlse, aux = rest[:has_dlse], rest[has_dlse:]
     dq, dk, dv, *more, _ = _bwd_p.bind(
-        _split_heads(q, K),
-        _keys_first(k),
-        _keys_first(v),
-        _split_heads(out, K),
+        split_heads(q, K),
+        keys_first(k),
+        keys_first(v),
+        split_heads(out, K),
         rows(lse),
-        _split_heads(dout, K),
+        split_heads(dout, K),
         *(rows(x) for x in dlse),
-        *_aux_operands(spec, aux, K),
+        *aux_operands(spec, aux, K),
         spec=spec,
         has_dlse=has_dlse,
         has_dslopes=has_dslopes,
     )
     # Each warp of each key tile leaves what it found for a head's slope.
     dslopes = [jnp.sum(x, axis=-1).reshape(B, N) for x in more]
-    return [_merge_heads(dq), _keys_first(dk), _keys_first(dv), *dslopes]
+    return [merge_heads(dq), keys_first(dk), keys_first(dv), *dslopes]
 
 
 def _num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
@@ -199,8 +204,8 @@ def _(
     if has_dslopes:
         partials = _native.cuda_slope_partials(k.shape[2], num_sequences)
         results.append(result_aval(q, (B, K, G, partials), (0, 1, 2, None), jnp.float32))
-    floats = _native.cuda_scratch_floats(
-        **variant(spec, "bwd", q, v), group=G, q_len=T, num_sequences=num_sequences
+    floats = _native.cuda_bwd_scratch_floats(
+        head_dim=q.shape[-1], head_dim_v=v.shape[-1], deterministic=spec.deterministic, group=G, q_len=T, num_sequences=num_sequences
     )
     scratch = result_aval(q, (B, K, max(1, floats)), (0, 1, None), jnp.float32)
     return [*results, scratch]
@@ -230,6 +235,20 @@ def _layout(axes: str) -> tuple[int, ...]:
     if len(axes) == 5:
         return _Q_LAYOUT
     return _K_LAYOUT if axes in ("bksh", "bksd") else _row_major(axes)
+
+
+def code_attributes(q: Any, v: Any) -> dict[str, Any]:
+    """What of q and v decides the kernels, said in attributes too.
+
+    They are compiled before a runtime need show any operand. arch 0 is the device at hand, whose
+    context is current then.
+    """
+    return {
+        "is_bf16": np.bool_(q.dtype == jnp.bfloat16),
+        "head_dim": np.int64(q.shape[-1]),
+        "head_dim_v": np.int64(v.shape[-1]),
+        "arch": np.int64(0),
+    }
 
 
 def _lower(
@@ -264,12 +283,7 @@ def _lower(
         ctx,
         *operands,
         **attributes(spec),
-        # What decides the kernels is said here too, because they are compiled before a runtime need
-        # show any operand. arch 0 is the device at hand, whose context is current then.
-        is_bf16=np.bool_(q.dtype == jnp.bfloat16),
-        head_dim=np.int64(q.shape[-1]),
-        head_dim_v=np.int64(v.shape[-1]),
-        arch=np.int64(0),
+        **code_attributes(q, v),
         **more,
     )
 

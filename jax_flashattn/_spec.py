@@ -31,6 +31,7 @@ AUX_NAMES = (
     "sinks",  # float32 [B, N]
     "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
     "cu_seqlens_kv",  # int32 [B, n + 1]
+    "page_table",  # int32 [B, M]; [B, n, M] with cu_seqlens_q, and kv_lengths [B, n]
 )
 PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
 

@@ -16,6 +16,7 @@ from jax_flashattn import _native
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
 FWD_TARGET = "jfa_fwd_v2"
 BWD_TARGET = "jfa_bwd_v2"
+SERVE_TARGET = "jfa_serve_v1"
 
 
 def _check_ffi_version() -> None:

@@ -233,7 +233,7 @@ struct FwdSm80 {
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half, sink);
+        RowResult result = softmax.Finalize(2 * m + half, sink);
         const int row = tile.row0 + block_row + lane / 4 + 8 * half;
         // Padding rows were zeros that saw every key: their mean of V must not get out.
         if (row >= tile.q_len) result = {0.f, -Infinity()};
