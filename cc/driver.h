@@ -27,6 +27,7 @@ inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kFunctionAttributeMaxDynamicSharedSizeBytes = 8;
+inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
 
 struct CuLaunchAttribute {
   int id;

@@ -167,9 +167,9 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
     const Grid grid =
         MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
-    JFA_RETURN_IF_ERROR(launch::Launch(*kernels.loaded[i], {grid.x, grid.y, grid.z},
-                                       kernels.plan.kernels[i].threads, stream, &params,
-                                       sizeof(params)));
+    JFA_RETURN_IF_ERROR(launch::Launch(
+        *kernels.loaded[i], {grid.x, grid.y, grid.z}, kernels.plan.kernels[i].threads,
+        kernels.plan.kernels[i].starts_early, stream, &params, sizeof(params)));
   }
   return OkStatus();
 }

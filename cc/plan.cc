@@ -211,26 +211,32 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
 }
 
-// Decode: blocks of 32 KB of K and V, so that copies are long and a ring of several covers the
-// latency of memory.
+// Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
+// latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.
 struct DecodeTile {
-  int rows, block_n, stages, smem;
+  int rows, block_n, stages, smem, min_blocks;
 };
 
-DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, int smem_kb) {
-  constexpr int kMostStages = 6, kLeastStages = 2, kWarps = 4;
+DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
+                          bool tma, int smem_kb) {
+  constexpr int kMostStages = 12, kLeastStages = 3, kWarps = 4;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
+  const int most_panels = std::max(panels, panels_v);
+  const bool needs_registers = most_panels == 2 && rows > 16 && (variant.softcap || variant.alibi);
+  const int min_blocks = tma && most_panels <= 2 && !needs_registers ? 2 : 1;
+  // Each CTA pays 1 KB more to the system.
+  const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
   for (int tile_rows = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;; tile_rows *= 2) {
     // Q, the buffer through which outputs are merged, and the rows' sums.
     const int fixed = 128 * panels * tile_rows + 4 * 16 * kWarps * 72 + 8 * 16 * kWarps;
     const int least_block = 16 * kWarps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
-    const int most_block = panels + panels_v <= 2 ? 128 : tile_rows == 64 && panels_v == 4 ? 32 : 64;
+    const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows == 64 ? 2 : 1);
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
-      const int stage = 128 * (panels + panels_v) * block_n + 16;
-      const int stages = std::min(kMostStages, (smem_kb * 1024 - fixed) / stage);
+      const int stage = 128 * most_panels * block_n + 16;  // and its barriers
+      const int stages = std::min(kMostStages, (room - fixed) / stage);
       if (stages >= kLeastStages || tile_rows == 64) {
-        return {tile_rows, block_n, stages, fixed + stages * stage};
+        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks};
       }
     }
   }
@@ -350,11 +356,11 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
                                    int arch) {
   common.head_dim = std::max(common.head_dim, 64);
   common.head_dim_v = std::max(common.head_dim_v, 64);
-  const DecodeTile tile =
-      PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, info.smem_kb);
   const bool tma = arch == 90 && variant.family != Family::kSm80;
+  const DecodeTile tile =
+      PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant, tma, info.smem_kb);
   const int warps = 4 + (tma ? 1 : 4);
-  Fields fields = CommonFields(variant, common, warps, 1);
+  Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
   AddInt(&fields, "kRows", tile.rows);
   AddBool(&fields, "kTma", tma);
@@ -363,14 +369,18 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
                        (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + rows, fields,
                        warps * 32, tile.smem};
   if (tma) decode.box_rows_kv = tile.block_n;
+  // Hides what it takes to launch the second kernel.
+  const bool starts_early = arch >= 90;
   Fields combine;
   AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
   AddInt(&combine, "kRows", tile.rows);
   AddInt(&combine, "kWarps", kCombineRows);
   AddInt(&combine, "kMinBlocks", 1);
-  return {decode,
-          {"decode_combine.cuh", std::string("jfa_decode_combine_") + Name(variant.dtype) + rows,
-           combine, kCombineRows * 32, 0}};
+  KernelSpec second = {"decode_combine.cuh",
+                       std::string("jfa_decode_combine_") + Name(variant.dtype) + rows, combine,
+                       kCombineRows * 32, 0};
+  second.starts_early = starts_early;
+  return {decode, second};
 }
 
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -585,7 +595,10 @@ int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multipr
       tiles * std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
-  return std::min({int64_t{multiprocessors}, blocks, room});
+  const int64_t ctas = std::min({multiprocessors * Field(kernel, "kMinBlocks"), blocks, room});
+  // Whole tiles, or equal parts of them, need less merging: worth a few idle multiprocessors.
+  const int64_t even = ctas / tiles * tiles;
+  return even * 16 >= ctas * 15 ? even : ctas;
 }
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {

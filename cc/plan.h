@@ -53,6 +53,8 @@ struct KernelSpec {
   // Rows of the boxes of its tensor maps, which its parameters begin with; 0: it takes none.
   int box_rows_q = 0;
   int box_rows_kv = 0;  // with pages at most: a box never spans two
+  // It is launched while the kernel before it runs, and waits for its results by itself.
+  bool starts_early = false;
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;

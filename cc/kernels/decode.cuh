@@ -9,13 +9,14 @@
 //
 // Roles       Four warps consume, with mma.sync: kRows / 16 of them side by side share out the
 //             queries, the others the keys of a block, each with an online softmax of its own. The
-//             rest produce: they keep a ring of kStages blocks of K and V full, across tiles. With
+//             rest produce: they keep a ring of kStages buffers full, a block of K, then one of V,
+//             across tiles. With
 //             kTma it is one warp that orders copies by the tensor copy engine, else four that use
 //             cp.async.
 // Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks.
 // Keys        dense, or in pages that the producers look up; consumers see no difference.
 // Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers.
-// Shared      kStages blocks of K and V, Q, kMerge for merging the warps' outputs (64 columns at a
+// Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_
@@ -44,8 +45,7 @@ struct Decode {
   static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
   using PanelQ = SmemTile<C::kRows, kPanelColumns>;
   using PanelN = SmemTile<C::kBlockN, kPanelColumns>;
-  static constexpr int kBytesK = kPanels * PanelN::kBytes;
-  static constexpr int kStageBytes = kBytesK + kPanelsV * PanelN::kBytes;
+  static constexpr int kStageBytes = (kPanels > kPanelsV ? kPanels : kPanelsV) * PanelN::kBytes;
   static constexpr int kMergePitch = kPanelColumns + 8;  // floats: rows of 8 lanes in other banks
 
   static constexpr int kSmemQ = C::kStages * kStageBytes;
@@ -99,60 +99,56 @@ struct Decode {
     JFA_DEVICE int PageAt(int page) const { return __shfl_sync(kFullWarp, here, page - first); }
   };
 
-  // A block of keys, by one warp whose lanes each order the boxes of some rows.
-  static JFA_DEVICE void LoadByEngine(const DecodeParams& params, const Sequence& sequence,
-                                      int kv_head, int key0, uint32 stage, uint32 full,
-                                      PageWindow& window) {
-    const PagesArg& pages = params.fwd.pages;
-    const int lane = ReadLaneIndex();
-    const int first_row = key0 + lane * params.box_rows;
-    const int num_boxes = C::kBlockN / params.box_rows;
-    const int num_needed =
-        Clamp(CeilDiv(Max(sequence.kv_len - key0, 0), params.box_rows), 0, num_boxes);
-    int batch = sequence.table_row, row = first_row;
-    if (pages.table != nullptr) {
-      const int page = key0 >> pages.page_log2;
-      window.MoveTo(pages, sequence.table_row, page, Max(C::kBlockN >> pages.page_log2, 1),
+  // Where the rows of one block of keys are, for the lane that orders the copy of some of them.
+  struct Boxes {
+    int num_needed;  // with keys that count
+    int kv_head, batch, row;
+
+    JFA_DEVICE Boxes(const DecodeParams& params, const Sequence& sequence, int head, int key0,
+                     PageWindow& window)
+        : kv_head(head) {
+      const PagesArg& pages = params.fwd.pages;
+      const int first_row = key0 + ReadLaneIndex() * params.box_rows;
+      num_needed = Clamp(CeilDiv(Max(sequence.kv_len - key0, 0), params.box_rows), 0,
+                         C::kBlockN / params.box_rows);
+      batch = sequence.table_row;
+      row = first_row;
+      if (pages.table == nullptr) return;
+      window.MoveTo(pages, sequence.table_row, key0 >> pages.page_log2,
+                    Max(C::kBlockN >> pages.page_log2, 1),
                     (sequence.kv_len + (1 << pages.page_log2) - 1) >> pages.page_log2);
       batch = window.PageAt(Min(first_row >> pages.page_log2, window.first + kWarpSize - 1));
       row = first_row & ((1 << pages.page_log2) - 1);
     }
+  };
+
+  // A block of K or V, by one warp whose lanes each order a box.
+  template <int kNumPanels>
+  static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
+                                      uint32 stage, uint32 full) {
+    const int lane = ReadLaneIndex();
     if (lane == 0) {
-      MbarrierArriveExpect(full,
-                           num_needed * params.box_rows * PanelN::kPitch * (kPanels + kPanelsV));
+      MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
     }
     __syncwarp();
-    if (lane < num_needed) {
-      const uint32 target = stage + lane * params.box_rows * PanelN::kPitch;
+    if (lane < boxes.num_needed) {
+      const uint32 target = stage + lane * box_rows * PanelN::kPitch;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        TmaLoad(target + panel * PanelN::kBytes, &params.k, full, panel * kPanelColumns, row,
-                kv_head, batch, kL2EvictNormal);
-      }
-#pragma unroll
-      for (int panel = 0; panel < kPanelsV; ++panel) {
-        TmaLoad(target + kBytesK + panel * PanelN::kBytes, &params.v, full, panel * kPanelColumns,
-                row, kv_head, batch, kL2EvictNormal);
+      for (int panel = 0; panel < kNumPanels; ++panel) {
+        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns, boxes.row,
+                boxes.kv_head, boxes.batch, kL2EvictNormal);
       }
     }
   }
 
   // The same by all producers, 16 bytes each at a time; rows beyond the keys become zeros.
-  static JFA_DEVICE void LoadByThreads(const DecodeParams& params, const Sequence& sequence,
-                                       int kv_head, int key0, uint32 stage, uint32 full) {
+  template <int kNumPanels>
+  static JFA_DEVICE void LoadByThreads(const DecodeParams& params, const TensorArg& tensor, int dim,
+                                       const Sequence& sequence, int kv_head, int key0,
+                                       uint32 stage, uint32 full) {
     constexpr int kChunks = kPanelColumns / 8, kRowStep = kProducerWarps * kWarpSize / kChunks;
-    const FwdParams& fwd = params.fwd;
-    const PagesArg& pages = fwd.pages;
+    const PagesArg& pages = params.fwd.pages;
     const int thread = ReadThreadIndex() - kConsumers, chunk = thread % kChunks;
-    const auto load = [&](const TensorArg& tensor, int batch, int row, bool valid, int dim,
-                          int num_panels, uint32 target) {
-      const uint16* source = RowPointer(tensor, batch, kv_head, row) + chunk * 8;
-      for (int panel = 0; panel < num_panels; ++panel) {
-        const bool in_row = panel * kPanelColumns + chunk * 8 < dim;
-        CpAsync16(target + panel * PanelN::kBytes, source + panel * kPanelColumns,
-                  valid && in_row ? 16 : 0);
-      }
-    };
 #pragma unroll 4
     for (int i = thread / kChunks; i < C::kBlockN; i += kRowStep) {
       const int key = key0 + i;
@@ -162,34 +158,51 @@ struct Decode {
         batch = valid ? PageOf(pages, sequence.table_row, key) : 0;
         row &= (1 << pages.page_log2) - 1;
       }
+      const uint16* source = RowPointer(tensor, batch, kv_head, row) + chunk * 8;
       const uint32 target = stage + PanelN::Offset(i, chunk);
-      load(fwd.k, batch, row, valid, fwd.problem.head_dim, kPanels, target);
-      load(fwd.v, batch, row, valid, fwd.problem.head_dim_v, kPanelsV, target + kBytesK);
+#pragma unroll
+      for (int panel = 0; panel < kNumPanels; ++panel) {
+        const bool in_row = panel * kPanelColumns + chunk * 8 < dim;
+        CpAsync16(target + panel * PanelN::kBytes, source + panel * kPanelColumns,
+                  valid && in_row ? 16 : 0);
+      }
     }
     MbarrierArriveAfterCopies(full);
   }
 
   static JFA_DEVICE void Produce(const DecodeParams& params, uint32 smem) {
-    const ProblemParams& problem = params.fwd.problem;
+    const FwdParams& fwd = params.fwd;
     Walk walk(params, blockIdx.x);
     Ring ring;
     PageWindow window;
-    for (int64 position = walk.begin; position < walk.end;) {
-      const Blocks tiles(problem, walk.batch);
+    uint32 stage, full;
+    const auto next_stage = [&] {
+      MbarrierWait(Empty(smem, ring.stage), ring.parity ^ 1);
+      stage = smem + ring.stage * kStageBytes;
+      full = Full(smem, ring.stage);
+      ring.Advance();
+    };
+    while (walk.tile < walk.length) {
+      const Blocks tiles(fwd.problem, walk.batch);
       const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
-      const int last = static_cast<int>(Min(walk.end - walk.tile_start, static_cast<int64>(count)));
-      for (int i = static_cast<int>(position - walk.tile_start); i < last; ++i) {
+      const int last = Min(walk.length - walk.tile, count);
+      for (int i = Max(-walk.tile, 0); i < last; ++i) {
         const int key0 = tiles.blocks.At(i) * C::kBlockN;
-        MbarrierWait(Empty(smem, ring.stage), ring.parity ^ 1);
-        const uint32 stage = smem + ring.stage * kStageBytes, full = Full(smem, ring.stage);
         if constexpr (C::kTma) {
-          LoadByEngine(params, tiles.sequence, kv_head, key0, stage, full, window);
+          const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
+          next_stage();
+          LoadByEngine<kPanels>(&params.k, boxes, params.box_rows, stage, full);
+          next_stage();
+          LoadByEngine<kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
         } else {
-          LoadByThreads(params, tiles.sequence, kv_head, key0, stage, full);
+          next_stage();
+          LoadByThreads<kPanels>(params, fwd.k, fwd.problem.head_dim, tiles.sequence, kv_head, key0,
+                                 stage, full);
+          next_stage();
+          LoadByThreads<kPanelsV>(params, fwd.v, fwd.problem.head_dim_v, tiles.sequence, kv_head,
+                                  key0, stage, full);
         }
-        ring.Advance();
       }
-      position = walk.tile_start + last;
       walk.Advance(count);
     }
   }
@@ -386,23 +399,26 @@ struct Decode {
     const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
     Walk walk(params, blockIdx.x);
     Ring ring;
+    const auto release = [&] {
+      __syncwarp();
+      if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
+      ring.Advance();
+    };
     if (ReadThreadIndex() == 0) {
       if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, 0};
-      if (walk.begin == walk.tile_start || walk.begin >= walk.end) {
-        scratch.records[blockIdx.x].batch = -1;
-      }
+      const int64 start = walk.begin + walk.tile;
+      scratch.records[blockIdx.x] = {start,
+                                     start + Blocks(problem, walk.batch).Count(),
+                                     walk.tile < 0 ? walk.batch : -1,
+                                     walk.unit,
+                                     {0, 0}};
     }
-    for (int64 position = walk.begin; position < walk.end;) {
+    while (walk.tile < walk.length) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
-      const int count = tiles.Count();
-      const int first = static_cast<int>(position - walk.tile_start);
-      const int last = static_cast<int>(Min(walk.end - walk.tile_start, static_cast<int64>(count)));
+      const int count = tiles.Count(), first = Max(-walk.tile, 0);
+      const int last = Min(walk.length - walk.tile, count);
       const Rows rows(params, walk);
-      if (first > 0 && ReadThreadIndex() == 0) {
-        scratch.records[blockIdx.x] = {
-            walk.tile_start, walk.tile_start + count, walk.batch, walk.unit, {0, 0}};
-      }
       LoadQueries(params, rows, smem + kSmemQ);
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
@@ -426,11 +442,11 @@ struct Decode {
 #pragma unroll 1
       for (int i = first; i < last; ++i) {
         const int key0 = tiles.blocks.At(i) * C::kBlockN;
-        const uint32 smem_k = smem + ring.stage * kStageBytes, smem_v = smem_k + kBytesK;
-        MbarrierWait(Full(smem, ring.stage), ring.parity);
         Scores s;
         Clear(s);
-        ScoreGemm(s, smem + kSmemQ, smem_k, row_warp, key_warp, lane);
+        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        ScoreGemm(s, smem + kSmemQ, smem + ring.stage * kStageBytes, row_warp, key_warp, lane);
+        release();
         const int origin = key0 + 16 * key_warp + lane % 4 * 2;  // the lane's first key
         const auto key_of = [](int n) { return 16 * kKeyWarps * (n / 2) + 8 * (n % 2); };
         if constexpr (!Logits::kPlain) {
@@ -444,7 +460,9 @@ struct Decode {
             }
           }
         }
-        if (tiles.mask.NeedsMask(first_token, last_token, key0, key0 + C::kBlockN - 1)) {
+        const bool needs_mask =
+            tiles.mask.NeedsMask(first_token, last_token, key0, key0 + C::kBlockN - 1);
+        if (needs_mask) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const Window window = seen[half].From(origin);
@@ -458,20 +476,20 @@ struct Decode {
               }
             }
           }
-          if constexpr (C::kTma) {
-            // The end of the array needs none of this: the engine puts zeros behind it.
-            const bool is_end =
-                params.fwd.pages.table == nullptr && sequence.kv_len == problem.kv_len;
-            if (!is_end && key0 + C::kBlockN > sequence.kv_len) {
-              ClearPadding(smem_v, sequence.kv_len - key0, key_warp, lane);
-            }
-          }
         }
         softmax.Observe(s, out);
+        const uint32 smem_v = smem + ring.stage * kStageBytes;
+        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        if constexpr (C::kTma) {
+          // The end of the array needs none of this: the engine puts zeros behind it.
+          const bool is_end =
+              params.fwd.pages.table == nullptr && sequence.kv_len == problem.kv_len;
+          if (needs_mask && !is_end && key0 + C::kBlockN > sequence.kv_len) {
+            ClearPadding(smem_v, sequence.kv_len - key0, key_warp, lane);
+          }
+        }
         OutputGemm(out, s, softmax, smem_v, key_warp, lane);
-        __syncwarp();
-        if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
-        ring.Advance();
+        release();
       }
 
       const int partial = first > 0      ? DecodeScratch::kHead
@@ -480,7 +498,6 @@ struct Decode {
       Store(params, scratch, rows, sequence, partial, out, softmax,
             reinterpret_cast<float*>(smem_pointer + kSmemMerge),
             reinterpret_cast<float2*>(smem_pointer + kSmemStats), warp, lane);
-      position = walk.tile_start + last;
       walk.Advance(count);
     }
   }
@@ -499,6 +516,7 @@ struct Decode {
       }
     }
     __syncthreads();
+    LetKernelBehindStart();
     if (threadIdx.x < kConsumers) {
       Consume(params, smem_pointer);
     } else {

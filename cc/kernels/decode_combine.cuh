@@ -19,6 +19,7 @@ struct DecodeCombine {
     const int cta = 1 + blockIdx.x / row_groups;
     const int row = blockIdx.x % row_groups * C::kWarps + threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    WaitForKernelBefore();
     const DecodeScratch::Header header = *scratch.header;
     if (cta >= header.num_ctas) return;
     const DecodeScratch::Record tile = scratch.records[cta];

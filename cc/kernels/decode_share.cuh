@@ -82,10 +82,11 @@ template <MaskKind kMask, int kBlockN>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
-  int64 total;
+  int64 total, begin;  // blocks of all; of them before the stretch
   int num_ctas;
-  int64 begin, end;  // of the stretch
-  int64 tile_start;
+  // From here on blocks count from the beginning of the stretch: no stretch is too long for an int.
+  int length;
+  int tile;         // where the tile begins: the first one may begin before the stretch
   int batch, unit;  // unit: key head * row_tiles + row tile
   int num_units;
 
@@ -98,10 +99,10 @@ struct DecodeWalk {
       const int count = Blocks(p, 0).Count();
       total = static_cast<int64>(p.batch) * num_units * count;
       Divide(params.num_ctas, cta);
-      const int64 tile = begin / count;
-      tile_start = tile * count;
-      batch = static_cast<int>(tile / num_units);
-      unit = static_cast<int>(tile % num_units);
+      const int64 index = begin / count;
+      tile = static_cast<int>(index * count - begin);
+      batch = static_cast<int>(index / num_units);
+      unit = static_cast<int>(index % num_units);
       return;
     }
     // Each lane counts the blocks of some sequences that follow each other.
@@ -121,19 +122,19 @@ struct DecodeWalk {
     const uint32 found = __ballot_sync(kFullWarp, begin < num_units * sum);
     const int owner = found != 0 ? __ffs(found) - 1 : kWarpSize - 1;
     batch = Min(owner * each, p.batch - 1);
-    tile_start = num_units * __shfl_sync(kFullWarp, sum - own, owner);
+    int64 left = begin - num_units * __shfl_sync(kFullWarp, sum - own, owner);
     int count = Blocks(p, batch).Count();
-    while (batch + 1 < p.batch && begin >= tile_start + static_cast<int64>(num_units) * count) {
-      tile_start += static_cast<int64>(num_units) * count;
+    while (batch + 1 < p.batch && left >= static_cast<int64>(num_units) * count) {
+      left -= static_cast<int64>(num_units) * count;
       count = Blocks(p, ++batch).Count();
     }
-    unit = static_cast<int>((begin - tile_start) / count);
-    tile_start += static_cast<int64>(unit) * count;
+    unit = static_cast<int>(left / count);
+    tile = -static_cast<int>(left % count);
   }
 
   // To the next tile; `count` is the number of blocks of this one.
   JFA_DEVICE void Advance(int count) {
-    tile_start += count;
+    tile += count;
     if (++unit == num_units) {
       unit = 0;
       ++batch;
@@ -144,8 +145,9 @@ struct DecodeWalk {
   // CTAs without a block of their own would be ends of stretches that nobody walks.
   JFA_DEVICE void Divide(int most, int cta) {
     num_ctas = static_cast<int>(Min(static_cast<int64>(most), total));
-    begin = cta < num_ctas ? StretchBegin(total, num_ctas, cta) : total;
-    end = cta < num_ctas ? StretchBegin(total, num_ctas, cta + 1) : total;
+    const bool works = cta < num_ctas;
+    begin = works ? StretchBegin(total, num_ctas, cta) : 0;
+    length = works ? static_cast<int>(StretchBegin(total, num_ctas, cta + 1) - begin) : 0;
   }
 };
 

@@ -144,6 +144,21 @@ JFA_DEVICE float ToFloat(uint16 bits) {
   }
 }
 
+// --- a kernel that starts before the end of the one before it (sm_90) ----------------------------
+
+// Everything that the kernel before has written is there.
+JFA_DEVICE void WaitForKernelBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The kernel behind may start once all CTAs say so.
+JFA_DEVICE void LetKernelBehindStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- global memory ----------------------------------------------------------------------------
 
 JFA_DEVICE void RedAdd(float* gmem, float value) {
