@@ -422,6 +422,7 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     call->scratch_floats = B * K * floats;
     call->sizes.scratch_floats = call->scratch_floats;
     call->sizes.head_dim_v = Hv;
+    call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
   } else if (target == Target::kFwd) {
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});

@@ -213,10 +213,13 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   const KernelSpec& kernel = kernels.plan.kernels.front();
   DecodeParams params = decode;
   params.num_ctas = static_cast<int>(DecodeCtas(kernel, call.sizes, multiprocessors));
-  if (params.num_ctas == 0) {
+  if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
-    return Internal("jax_flashattn: no room in scratch for a decode call of " +
-                    std::to_string(call.scratch_floats) + " floats");
+    return InvalidArgument(
+        "jax_flashattn: a decode call must have less than 2^31 key blocks and room in its scratch, "
+        "got " +
+        std::to_string(call.sizes.kv_len) + " keys, batch " + std::to_string(call.sizes.batch) +
+        " and " + std::to_string(call.scratch_floats) + " floats of scratch");
   }
   params.row_tiles = DecodeRowTiles(kernel, call.sizes);
   if (kernel.box_rows_kv != 0) {

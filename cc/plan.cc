@@ -1,6 +1,7 @@
 #include "cc/plan.h"
 
 #include <algorithm>
+#include <climits>
 #include <tuple>
 
 namespace jfa {
@@ -202,7 +203,7 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   const bool segments = variant.segments;
   if (size <= 64) {
     if (segments || variant.packed) return {128, 128, 2, false};
-    return {192, variant.softcap || variant.alibi ? 112 : 128, 2, true};
+    return {192, variant.softcap || variant.alibi || variant.paged ? 112 : 128, 2, true};
   }
   const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
   if (size <= 96 && plain && variant.mask == Mask::kFull) return {192, 96, 2, true, 1};
@@ -278,7 +279,8 @@ Common MakeCommon(const Variant& variant, const ArchInfo& arch) {
   common.suffix_without_mask = std::string("_") + Name(variant.dtype) + dims;
   common.suffix = common.suffix_without_mask + "_" + Name(variant.mask) +
                   (variant.softcap ? "_softcap" : "") + (variant.alibi ? "_alibi" : "") +
-                  (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "");
+                  (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "") +
+                  (variant.paged ? "_paged" : "");
   common.suffix_without_mask += variant.packed ? "_packed" : "";
   return common;
 }
@@ -310,11 +312,16 @@ void AddTile(Fields* fields, const Variant& variant, const Common& common, int b
 
 KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
   FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
+  // Looking up pages takes registers, of which large tiles have none to spare.
+  if (variant.paged && tile.block_m == 128 && tile.warps == 4) {
+    tile.block_n = std::min(tile.block_n, 32);
+  }
   const int dims = common.head_dim + common.head_dim_v;
   const int smem = 2 * std::max(tile.block_m * common.head_dim + tile.stages * tile.block_n * dims,
                                 tile.block_m * common.head_dim_v);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kQInRegs", tile.q_in_regs);
   return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
 }
@@ -344,6 +351,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
   return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
@@ -524,6 +532,9 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   if (variant.op == Op::kDecode) {
     const int64_t ctas = DecodeCtas(plan.kernels.front(), problem, multiprocessors);
     if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1};
+    const int64_t tiles =
+        problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+    if (problem.alike && ctas > 0 && tiles % ctas == 0) return {0, 1, 1};  // nobody shares a tile
     const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
     return {static_cast<uint32_t>(std::max<int64_t>(ctas - 1, 0) * CeilDiv(rows, kCombineRows)), 1,
             1};
@@ -578,7 +589,7 @@ namespace {
 constexpr int64_t kDecodeHeaderWords = 4;
 int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
   const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
-  return 8 + 2 * rows * (2 + head_dim_v);
+  return 4 + 2 * rows * (2 + head_dim_v);
 }
 
 }  // namespace
@@ -591,14 +602,24 @@ int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multipr
   const int64_t rows = problem.q_len * problem.group;
   if (rows == 0) return 0;
   const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
-  const int64_t blocks =
-      tiles * std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  if (tiles > INT_MAX / blocks) return 0;
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
-  const int64_t ctas = std::min({multiprocessors * Field(kernel, "kMinBlocks"), blocks, room});
-  // Whole tiles, or equal parts of them, need less merging: worth a few idle multiprocessors.
-  const int64_t even = ctas / tiles * tiles;
-  return even * 16 >= ctas * 15 ? even : ctas;
+  const int64_t ctas =
+      std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
+  if (ctas < tiles) return ctas;
+  // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
+  // merging.
+  constexpr int64_t kShort = 32;
+  if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
+      Field(kernel, "kRows") == 16) {
+    return tiles;
+  }
+  // Equal parts of tiles need less merging: worth a few idle multiprocessors. No more of them than
+  // make the longest one shorter.
+  const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
+  return tiles * CeilDiv(blocks, longest);
 }
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
@@ -608,7 +629,7 @@ int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
                         CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
   const int64_t ctas =
       std::min(kMostDecodeCtas, tiles * std::max<int64_t>(CeilDiv(problem.kv_len, 16), 1));
-  return kDecodeHeaderWords + ctas * (8 + 2 * rows * (2 + variant.head_dim_v));
+  return kDecodeHeaderWords + ctas * (4 + 2 * rows * (2 + variant.head_dim_v));
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {

@@ -79,6 +79,7 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
+  bool alike = false;  // all its sequences have the same lengths
 };
 
 struct Grid {

@@ -405,13 +405,10 @@ struct Decode {
       ring.Advance();
     };
     if (ReadThreadIndex() == 0) {
-      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, 0};
-      const int64 start = walk.begin + walk.tile;
-      scratch.records[blockIdx.x] = {start,
-                                     start + Blocks(problem, walk.batch).Count(),
-                                     walk.tile < 0 ? walk.batch : -1,
-                                     walk.unit,
-                                     {0, 0}};
+      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
+      const int start = walk.begin + walk.tile;
+      scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
+                                     walk.tile < 0 ? walk.batch : -1, walk.unit};
     }
     while (walk.tile < walk.length) {
       const Blocks tiles(problem, walk.batch);

@@ -20,19 +20,18 @@ struct DecodeCombine {
     const int row = blockIdx.x % row_groups * C::kWarps + threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     WaitForKernelBefore();
+    // Both are asked for before one is waited for; the record of a CTA that has none isn't used.
     const DecodeScratch::Header header = *scratch.header;
-    if (cta >= header.num_ctas) return;
     const DecodeScratch::Record tile = scratch.records[cta];
-    if (tile.batch < 0 || StretchBegin(header.total, header.num_ctas, cta - 1) > tile.tile_start) {
+    const Stretches stretches(header.total, header.num_ctas);
+    if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
       return;
     }
     const int kv_head = tile.unit / params.row_tiles;
     const int first_row = (tile.unit - kv_head * params.row_tiles) * C::kRows;
     if (row >= Min(C::kRows, params.rows - first_row)) return;
 
-    // The last CTA whose stretch begins before the tile's end.
-    const int last = static_cast<int>((tile.tile_end * header.num_ctas - 1) / header.total);
-    const int num_parts = last - cta + 2;
+    const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
     const auto cta_of = [&](int part) { return cta - 1 + part; };
     const auto which = [](int part) {
       return part == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;

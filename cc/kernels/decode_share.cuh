@@ -24,14 +24,13 @@ namespace jfa {
 struct DecodeScratch {
   // Of the tile in the middle of which a CTA begins; batch -1 if it begins at a tile's start.
   struct Record {
-    int64 tile_start, tile_end;  // in the line of blocks
+    int tile_start, tile_end;  // in the line of blocks
     int batch, unit;
-    int unused[2];
   };
   struct Header {
-    int64 total;  // blocks
+    int total;  // blocks
     int num_ctas;
-    int unused;
+    int unused[2];
   };
   Header* header;
   Record* records;
@@ -60,8 +59,20 @@ struct DecodeScratch {
   }
 };
 
-// Where the stretch of a CTA begins, of `total` blocks.
-JFA_DEVICE int64 StretchBegin(int64 total, int num_ctas, int cta) { return total * cta / num_ctas; }
+// `total` blocks (below 2^31, as plan.cc sees to) for num_ctas CTAs, which differ by one at most.
+struct Stretches {
+  int each, longer;  // blocks of a stretch; how many of the first have one more
+
+  JFA_DEVICE Stretches(int total, int num_ctas) : each(total / num_ctas) {
+    longer = total - each * num_ctas;
+  }
+  JFA_DEVICE int Begin(int cta) const { return cta * each + Min(cta, longer); }
+  // The CTA that has that block.
+  JFA_DEVICE int OwnerOf(int block) const {
+    const int in_longer = longer * (each + 1);
+    return block < in_longer ? block / (each + 1) : longer + (block - in_longer) / each;
+  }
+};
 
 // A sequence's part in the line: each of its key heads and row tiles visits the same blocks.
 template <MaskKind kMask, int kBlockN>
@@ -82,11 +93,9 @@ template <MaskKind kMask, int kBlockN>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
-  int64 total, begin;  // blocks of all; of them before the stretch
-  int num_ctas;
-  // From here on blocks count from the beginning of the stretch: no stretch is too long for an int.
-  int length;
-  int tile;         // where the tile begins: the first one may begin before the stretch
+  int total, num_ctas;
+  int begin, length;  // of the stretch
+  int tile;         // where the tile begins, from the stretch's begin; the first one may be below 0
   int batch, unit;  // unit: key head * row_tiles + row tile
   int num_units;
 
@@ -97,24 +106,24 @@ struct DecodeWalk {
         p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
     if (alike) {
       const int count = Blocks(p, 0).Count();
-      total = static_cast<int64>(p.batch) * num_units * count;
+      total = p.batch * num_units * count;
       Divide(params.num_ctas, cta);
-      const int64 index = begin / count;
-      tile = static_cast<int>(index * count - begin);
-      batch = static_cast<int>(index / num_units);
-      unit = static_cast<int>(index % num_units);
+      const int index = begin / count;
+      tile = index * count - begin;
+      batch = index / num_units;
+      unit = index - batch * num_units;
       return;
     }
     // Each lane counts the blocks of some sequences that follow each other.
     const int lane = ReadLaneIndex(), each = CeilDiv(p.batch, kWarpSize);
     const int first = Min(lane * each, p.batch), last = Min(first + each, p.batch);
-    int64 own = 0;
+    int own = 0;
 #pragma unroll 4
     for (int b = first; b < last; ++b) own += Blocks(p, b).Count();
-    int64 sum = own;  // inclusive prefix sum
+    int sum = own;  // inclusive prefix sum
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const int64 other = __shfl_up_sync(kFullWarp, sum, distance);
+      const int other = __shfl_up_sync(kFullWarp, sum, distance);
       if (lane >= distance) sum += other;
     }
     total = num_units * __shfl_sync(kFullWarp, sum, kWarpSize - 1);
@@ -122,14 +131,14 @@ struct DecodeWalk {
     const uint32 found = __ballot_sync(kFullWarp, begin < num_units * sum);
     const int owner = found != 0 ? __ffs(found) - 1 : kWarpSize - 1;
     batch = Min(owner * each, p.batch - 1);
-    int64 left = begin - num_units * __shfl_sync(kFullWarp, sum - own, owner);
+    int left = begin - num_units * __shfl_sync(kFullWarp, sum - own, owner);
     int count = Blocks(p, batch).Count();
-    while (batch + 1 < p.batch && left >= static_cast<int64>(num_units) * count) {
-      left -= static_cast<int64>(num_units) * count;
+    while (batch + 1 < p.batch && left >= num_units * count) {
+      left -= num_units * count;
       count = Blocks(p, ++batch).Count();
     }
-    unit = static_cast<int>(left / count);
-    tile = -static_cast<int>(left % count);
+    unit = left / count;
+    tile = unit * count - left;
   }
 
   // To the next tile; `count` is the number of blocks of this one.
@@ -144,10 +153,11 @@ struct DecodeWalk {
  private:
   // CTAs without a block of their own would be ends of stretches that nobody walks.
   JFA_DEVICE void Divide(int most, int cta) {
-    num_ctas = static_cast<int>(Min(static_cast<int64>(most), total));
+    num_ctas = Min(most, total);
+    const Stretches stretches(total, num_ctas);
     const bool works = cta < num_ctas;
-    begin = works ? StretchBegin(total, num_ctas, cta) : 0;
-    length = works ? static_cast<int>(StretchBegin(total, num_ctas, cta + 1) - begin) : 0;
+    begin = works ? stretches.Begin(cta) : 0;
+    length = works ? stretches.Begin(cta + 1) - begin : 0;
   }
 };
 

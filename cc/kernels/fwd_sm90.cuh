@@ -45,8 +45,8 @@ struct FwdSm90 {
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
-  // among sequences or segments a producer needs more than to walk over plain ones.
-  static constexpr bool kSearches = C::kPacked || C::kSegments;
+  // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
+  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
   static constexpr int kProducerRegisters = kSearches                    ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
@@ -129,6 +129,57 @@ struct FwdSm90 {
     }
   }
 
+  // Where a block of keys is: of a paged call each lane knows the rows of one box.
+  struct KeyPlace {
+    int row = -1, head, batch;  // row -1: nowhere
+    int num_boxes;
+
+    JFA_DEVICE void Set(const FwdSm90Params& params, const Tile& tile, int block) {
+      const int key0 = block * C::kBlockN;
+      head = tile.kv_head;
+      if constexpr (C::kPaged) {
+        const PagesArg& pages = params.fwd.pages;
+        const int key = key0 + ReadLaneIndex() * params.box_rows;
+        // What lies beyond the keys isn't looked at.
+        num_boxes = Min(C::kBlockN / params.box_rows,
+                        CeilDiv(tile.sequence.kv_len - key0, params.box_rows));
+        const bool valid = key < tile.sequence.kv_len;
+        batch = valid ? PageOf(pages, tile.sequence.table_row, key) : 0;
+        row = key & ((1 << pages.page_log2) - 1);
+      } else {
+        row = tile.sequence.kv_begin + key0;
+        batch = tile.batch;
+      }
+    }
+  };
+
+  // A block of K or V, when its buffer is empty.
+  template <int kPanelCount>
+  static JFA_DEVICE void LoadKeys(const FwdSm90Params& params, const TensorMap* map, uint32 target,
+                                  uint32 full, uint32 empty, uint32 parity, const KeyPlace& place,
+                                  bool leader) {
+    if constexpr (C::kPaged) {
+      const int lane = ReadLaneIndex();
+      MbarrierWait(empty, parity ^ 1);
+      if (leader) {
+        MbarrierArriveExpect(full, place.num_boxes * params.box_rows * kRowBytes * kPanelCount);
+      }
+      __syncwarp();
+      if (lane < place.num_boxes) {
+#pragma unroll
+        for (int panel = 0; panel < kPanelCount; ++panel) {
+          TmaLoad(target + panel * kPanelBytesN + lane * params.box_rows * kRowBytes, map, full,
+                  panel * kPanelColumns, place.row, place.head, place.batch, kL2EvictLast);
+        }
+      }
+      __syncwarp();
+    } else if (leader) {
+      MbarrierWait(empty, parity ^ 1);
+      Load<kPanelCount, kPanelBytesN>(map, target, full, place.row, place.head, place.batch,
+                                      kL2EvictLast);
+    }
+  }
+
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
     const uint32 smem = SmemAddress(smem_pointer);
@@ -139,17 +190,14 @@ struct FwdSm90 {
     RingQ q;
     Ring k, v;
     // Values are needed one block later than keys, so their copies are ordered one block later.
-    int row_v = -1, head_v = 0, batch_v = 0;
+    KeyPlace values;
     const auto load_values = [&] {
-      if (row_v < 0) return;
-      if (leader) {
-        MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-        Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
-                                     Address(smem, kFullV, v.stage), row_v, head_v, batch_v,
-                                     kL2EvictLast);
-      }
+      if (values.row < 0) return;
+      LoadKeys<kPanelsV>(params, &params.v, smem + kSmemV + v.stage * kBytesV,
+                         Address(smem, kFullV, v.stage), Address(smem, kEmptyV, v.stage), v.parity,
+                         values, leader);
       v.Advance();
-      row_v = -1;
+      values.row = -1;
     };
     while (walk.Next(&tile)) {
       Work* slot = Slot(smem_pointer, t.stage);
@@ -164,15 +212,13 @@ struct FwdSm90 {
       int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
       for (; block >= 0; block = keys.Next(block)) {
-        const int row = slot->tile.sequence.kv_begin + block * C::kBlockN;
+        KeyPlace place;
+        place.Set(params, slot->tile, block);
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-          Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
-                                      Address(smem, kFullK, k.stage), row, slot->tile.kv_head,
-                                      slot->tile.batch, kL2EvictLast);
-        }
+        LoadKeys<kPanels>(params, &params.k, smem + kSmemK + k.stage * kBytesK,
+                          Address(smem, kFullK, k.stage), Address(smem, kEmptyK, k.stage), k.parity,
+                          place, leader);
         k.Advance();
         if (is_first) {
           if (leader) {
@@ -186,9 +232,7 @@ struct FwdSm90 {
           is_first = false;
         }
         load_values();
-        row_v = row;
-        head_v = slot->tile.kv_head;
-        batch_v = slot->tile.batch;
+        values = place;
       }
     }
     load_values();
@@ -283,7 +327,8 @@ struct FwdSm90 {
                                       uint32 smem, const Ring& v, int group) {
     const Sequence& sequence = work.tile.sequence;
     const int row = sequence.kv_len - block * C::kBlockN;
-    if (row >= C::kBlockN || sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
+    if (row >= C::kBlockN) return;
+    if (!C::kPaged && sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
     MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
     for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
          i += kGroupThreads) {

@@ -196,6 +196,43 @@ JFA_DEVICE uint16* RowPointer(const TensorArg& tensor, int batch, int head, int 
          head * tensor.head_stride + row * tensor.row_stride;
 }
 
+// As TileLoader, of rows that are in pages.
+template <class Tile, int kThreads, bool kAligned>
+struct PagedLoader {
+  using Rows = TileLoader<Tile, kThreads, kAligned>;
+  using Map = typename Rows::Map;
+  const PagesArg& pages;
+  const TensorArg& tensor;
+  int table_row, kv_head, dim;
+
+  JFA_DEVICE void Load(uint32 tile, int first_row, int end) const {
+    const Map map(ReadThreadIndex());
+    const int valid_groups = map.ValidGroups(dim);
+#pragma unroll
+    for (int pass = 0; pass < Map::kPasses; ++pass) {
+      const int row = map.row + pass * Map::kRowStep, key = first_row + row;
+      if (!Map::InTile(row)) continue;
+      const bool valid = key < end;
+      const int page = valid ? PageOf(pages, table_row, key) : 0;
+      const uint16* source =
+          RowPointer(tensor, page, kv_head, key & ((1 << pages.page_log2) - 1)) + map.column;
+      Rows::LoadRow(map, tile, pass, source, valid, valid_groups, dim);
+    }
+  }
+};
+
+// What brings the keys or values of one (batch, key head) to a tile in shared memory.
+template <class Tile, int kThreads, bool kAligned, bool kPaged>
+JFA_DEVICE auto MakeKeyLoader(const FwdParams& p, const TensorArg& tensor, int dim,
+                              const Sequence& sequence, int batch, int kv_head) {
+  if constexpr (kPaged) {
+    return PagedLoader<Tile, kThreads, kAligned>{p.pages, tensor, sequence.table_row, kv_head, dim};
+  } else {
+    return TileLoader<Tile, kThreads, kAligned>(
+        RowPointer(tensor, batch, kv_head, sequence.kv_begin), tensor.row_stride, dim);
+  }
+}
+
 // Index of row 0 of a (batch, query head) in LSE-shaped arrays [batch, num_heads, q_len].
 JFA_DEVICE int64 LseRow(const ProblemParams& p, int batch, int head) {
   return (static_cast<int64>(batch) * p.num_heads + head) * p.q_len;
