@@ -39,9 +39,8 @@ def _bwd_reference(
     aux = dict(zip(spec.aux, rest, strict=True))
     (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     queries, keys = _reference.tokens(T, S, aux)
-    zero = lambda x, exists: jnp.where(exists[:, :, None, None], x, 0)  # noqa: E731 (five uses)
-    q, out, dout = (zero(x, queries.exists) for x in (q, out, dout))
-    k, v = zero(k, keys.exists), zero(v, keys.exists)
+    q, out, dout = (_reference.zero_padding(x, queries.exists) for x in (q, out, dout))
+    k, v = (_reference.zero_padding(x, keys.exists) for x in (k, v))
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     rows = lambda x: x.reshape(B, T, K, N // K, -1)  # noqa: E731 (five uses)
     scalars = lambda x: x.reshape(B, K, N // K, T, 1)  # noqa: E731 (two uses)
@@ -65,20 +64,18 @@ def _bwd_reference(
     return gradients
 
 
-def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
-    _check_implementation(params["spec"], "/".join(ctx.platforms or ctx.module_context.platforms))
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
-
-
 def _lower(
-    platform: str, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+    platform: str | None, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
 ) -> Any:
+    """The rule of a platform; None is for those without kernels, of which `ctx` knows the names."""
+    if platform is None:
+        platform = "/".join(ctx.platforms or ctx.module_context.platforms)
     _check_implementation(params["spec"], platform)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
 
 
-fwd_dense = partial(_lower_dense, _fwd_reference)
-bwd_dense = partial(_lower_dense, _bwd_reference)
+fwd_dense = partial(_lower, None, _fwd_reference)
+bwd_dense = partial(_lower, None, _bwd_reference)
 fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward)
 bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
 fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)

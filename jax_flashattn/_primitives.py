@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_flashattn import _lowering
-from jax_flashattn._calls import Primitive
+from jax_flashattn._calls import Primitive, forward_avals
 from jax_flashattn._sharding import result_aval
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, Dims, UnsupportedError
+from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, UnsupportedError
 
 FORWARD_MODE_ADVICE = (
     "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
@@ -36,17 +36,13 @@ for _p in (fwd_p, tangent_p, bwd_p):
 
 
 def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
-    d = Dims.of(q, k, v)
-    return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
-        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
-    ]
+    return forward_avals(q, k, v)
 
 
 def _tangent_abstract(
     q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, wrt: tuple[str, ...]
 ) -> list[Any]:
-    return _fwd_abstract(q, k, v, spec=spec)
+    return forward_avals(q, k, v)
 
 
 def _bwd_abstract(

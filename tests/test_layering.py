@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each Python module and the modules of the package that it may import.
 PYTHON = {
     "__init__": {"_api", "_explain", "_spec"},
-    "__main__": {"_bench", "_bench_cuda", "_native"},
+    "__main__": {"_bench", "_bench_cuda", "_lowering_cuda", "_native"},
     "_bench": {"_api", "_bench_features", "_native"},
     "_bench_cuda": {"_api", "_bench_features", "_native", "_timing"},
     "_bench_features": {"_api", "_timing"},
@@ -23,7 +23,7 @@ PYTHON = {
     "_lowering": {"_lowering_cpu", "_lowering_cuda", "_reference", "_spec"},
     "_lowering_cpu": {"_calls", "_native", "_sharding", "_spec", "_targets"},
     "_lowering_cuda": {"_calls", "_native", "_sharding", "_spec", "_targets"},
-    "_calls": {"_spec"},
+    "_calls": {"_sharding", "_spec"},
     "_targets": {"_native"},
     "_reference": {"_spec"},
     "_sharding": set(),
