@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flashattn import _lowering_cpu, _lowering_cuda, _reference
+from jax_flashattn import _explicit, _lowering_cpu, _lowering_cuda, _reference
 from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 
@@ -65,18 +65,25 @@ def _bwd_reference(
 
 
 def _lower(
-    platform: str | None, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+    platform: str | None,
+    function: Callable[..., Any],
+    axes: Callable[..., Any],
+    ctx: Any,
+    *operands: Any,
+    **params: Any,
 ) -> Any:
     """The rule of a platform; None is for those without kernels, of which `ctx` knows the names."""
     if platform is None:
         platform = "/".join(ctx.platforms or ctx.module_context.platforms)
     _check_implementation(params["spec"], platform)
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
+    run = partial(_explicit.on_shards, partial(function, **params), *axes(**params), ctx.avals_out)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
 
-fwd_dense = partial(_lower, None, _fwd_reference)
-bwd_dense = partial(_lower, None, _bwd_reference)
-fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward)
-bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
-fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)
-bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward)
+_fwd, _bwd = _explicit.forward_axes, _explicit.backward_axes
+fwd_dense = partial(_lower, None, _fwd_reference, _fwd)
+bwd_dense = partial(_lower, None, _bwd_reference, _bwd)
+fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward, _fwd)
+bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward, _bwd)
+fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward, _fwd)
+bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward, _bwd)

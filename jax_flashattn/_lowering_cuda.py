@@ -5,6 +5,7 @@ split alike, at the cost of bitcasts.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,14 @@ def device_archs() -> list[int]:
     """Architectures of the GPUs here, such as 80 or 90; RuntimeError without a driver."""
     names = [device["arch"] for device in _native.cuda_devices()["devices"]]
     return list(dict.fromkeys(int(name.removeprefix("sm_").rstrip("af")) for name in names))
+
+
+def _arch_to_compile_for() -> int:
+    """Of `JFA_CUDA_ARCH`, for compiling ahead of time; else 0, the device at hand."""
+    text = os.environ.get("JFA_CUDA_ARCH", "")
+    if not re.fullmatch(r"\d*", text):
+        raise ValueError(f"JFA_CUDA_ARCH must be a number such as 80 or 90, got {text!r}")
+    return int(text or 0)
 
 
 def _require_cached(variant: dict[str, Any]) -> None:
@@ -261,11 +270,11 @@ def _lower(
         *operands,
         **attributes(spec),
         # What decides the kernels is said here too, because they are compiled before a runtime need
-        # show any operand. arch 0 is the device at hand, whose context is current then.
+        # show any operand.
         is_bf16=np.bool_(q.dtype == jnp.bfloat16),
         head_dim=np.int64(q.shape[-1]),
         head_dim_v=np.int64(v.shape[-1]),
-        arch=np.int64(0),
+        arch=np.int64(_arch_to_compile_for()),
         **more,
     )
 
