@@ -4,8 +4,8 @@ There nothing needs to be left to the partitioner: `on_shards` runs a lowering r
 what each device has, under `shard_map` over the explicit axes. Batch and heads cost no
 communication then, also where there are fewer key heads than devices and on platforms whose custom
 call XLA splits over the batch only. It happens while lowering, so that differentiation, vmap and
-checkpoint policies see the primitives alone, and under a `shard_map` of the user's too (JAX does not
-differentiate nested ones).
+checkpoint policies see the primitives alone, and under a `shard_map` of the user's too (JAX does
+not differentiate nested ones).
 """
 
 import math
