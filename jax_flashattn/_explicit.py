@@ -123,8 +123,11 @@ def on_shards(
 
     def on_shard(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         def of_queries(k: jax.Array, v: jax.Array) -> list[jax.Array]:
-            _, k, v = to_common_vma(q, k, v)
-            return [_heads_of_shard(x, q.shape[2], group, further) for x in (k, v)]
+            # Gradients are summed over devices as float32, as all sums are; beside automatic axes
+            # XLA's CPU compiler aborts on an all-reduce of bfloat16.
+            wide = [x.astype(jnp.float32) if further else x for x in (k, v)]
+            shared = [x.astype(k.dtype) for x in to_common_vma(q, *wide)[1:]]
+            return [_heads_of_shard(x, q.shape[2], group, further) for x in shared]
 
         local, vjp = jax.vjp(of_queries, k, v)
         found = list(function(q, *local, *rest))

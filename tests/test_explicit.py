@@ -151,7 +151,8 @@ def test_batch_by_hand(mesh):
 def test_beside_an_automatic_axis():
     shape = make_mesh(AxisType.Explicit).devices.shape
     mesh = jax.make_mesh(shape, ("dp", "tp"), axis_types=(AxisType.Auto, AxisType.Explicit))
-    q, k, v, dout = inputs(7, 8, 16, 8, 1)
+    # bfloat16: XLA's CPU compiler is touchy about sums of it here.
+    q, k, v, dout = (x.astype(jnp.bfloat16) for x in inputs(7, 8, 16, 8, 1))
     with jax.set_mesh(mesh):
         sharded = put(mesh, q, HEADS, k, BATCH, v, BATCH, dout, HEADS)
         assert_same(jax.jit(gradients(causal))(*sharded), gradients(causal)(q, k, v, dout))
