@@ -10,7 +10,7 @@ import sys
 import jax
 
 import jax_flashattn
-from jax_flashattn import _bench, _bench_cuda, _native
+from jax_flashattn import _bench, _bench_cuda, _lowering_cuda, _native
 
 BACKWARD_FEATURES = ("deterministic", "dslopes")
 FEATURES = ("softcap", "alibi", "segments", "packed", *BACKWARD_FEATURES)
@@ -58,14 +58,9 @@ def _cache(args: argparse.Namespace) -> None:
     _print_cache()
 
 
-def _arch_of_device() -> list[int]:
-    names = {device["arch"] for device in _native.cuda_devices()["devices"]}
-    return sorted(int(name.removeprefix("sm_").rstrip("af")) for name in names)
-
-
 def _warmup(args: argparse.Namespace) -> None:
     try:
-        archs = args.arch or _arch_of_device()
+        archs = args.arch or _lowering_cuda.device_archs()
     except RuntimeError as error:
         sys.exit(f"no GPU to compile for ({error}); name one with --arch, as 80 or 90")
     jobs = list(

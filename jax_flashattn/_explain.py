@@ -79,8 +79,7 @@ def explain(
     _lowering_cuda.check_supported(q, v)
     variants = [_lowering_cuda.variant(spec, op, q, v) for op in ("fwd", "bwd")]
     if arch is None:
-        name = _native.cuda_devices()["devices"][0]["arch"]
-        arch = int(name.removeprefix("sm_").rstrip("af"))
+        arch = _lowering_cuda.device_archs()[0]
     kernels = []
     for variant in variants:
         plan = _native.cuda_explain(**variant, arch=arch)

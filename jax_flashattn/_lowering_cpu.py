@@ -9,7 +9,7 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_flashattn import _native
-from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._calls import Primitive, attributes, forward_avals, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import AttentionSpec, Dims
 from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
@@ -50,11 +50,7 @@ def backward(
 
 @_fwd_p.def_abstract_eval
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
-    d = Dims.of(q, k, v)
-    return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
-        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
-    ]
+    return forward_avals(q, k, v)
 
 
 @_bwd_p.def_abstract_eval
@@ -64,27 +60,16 @@ def _(q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool) -
     if "alibi_slopes" in spec.aux:
         results.append(result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32))
     # The kernels' scratch is one more result, which XLA plans.
-    num_sequences = rest[-1].shape[1] - 1 if "cu_seqlens_kv" in spec.aux else 0
-    floats = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H, num_sequences)
+    floats = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H, num_sequences(spec, rest))
     return [*results, result_aval(q, (d.B, floats), (0, None), jnp.float32)]
 
 
 def _partition(
     ctx: Any, spec: AttentionSpec, operands: Sequence[str], results: Sequence[str]
 ) -> dict[str, Any]:
-    d = Dims.of(*ctx.avals_in[:3])
-    sizes = {"b": d.B, "t": d.T, "s": d.S, "n": d.N, "k": d.K, "h": d.H, "d": d.Hv}
-    packed = "cu_seqlens_q" in spec.aux
-    offset_axes = {"query_offset": "bz" if packed else "b"}
+    offset_axes = {"query_offset": "bz" if "cu_seqlens_q" in spec.aux else "b"}
     axes = [{**_AUX_AXES, **offset_axes}[name] for name in spec.aux]
-    if packed:
-        boundaries = ctx.avals_in[-1].shape[1]
-        sizes["y"] = boundaries
-        if "query_offset" in spec.aux:
-            sizes["z"] = boundaries - 1
-    if "x" in results[-1]:
-        sizes["x"] = ctx.avals_out[-1].shape[1]
-    return partition_attributes([*operands, *axes], results, sizes, 1)
+    return partition_attributes(ctx, [*operands, *axes], results, 1)
 
 
 def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:

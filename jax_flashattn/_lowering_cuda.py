@@ -5,6 +5,7 @@ split alike, at the cost of bitcasts.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_flashattn import _native
-from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._calls import Primitive, attributes, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import (
     PER_HEAD_AUX,
@@ -62,6 +63,20 @@ def variant(
     }
 
 
+def device_archs() -> list[int]:
+    """Architectures of the GPUs here, such as 80 or 90; RuntimeError without a driver."""
+    names = [device["arch"] for device in _native.cuda_devices()["devices"]]
+    return list(dict.fromkeys(int(name.removeprefix("sm_").rstrip("af")) for name in names))
+
+
+def _arch_to_compile_for() -> int:
+    """Of `JFA_CUDA_ARCH`, for compiling ahead of time; else 0, the device at hand."""
+    text = os.environ.get("JFA_CUDA_ARCH", "")
+    if not re.fullmatch(r"\d*", text):
+        raise ValueError(f"JFA_CUDA_ARCH must be a number such as 80 or 90, got {text!r}")
+    return int(text or 0)
+
+
 def require_cached(variant: dict[str, Any]) -> None:
     """With `JFA_DISABLE_JIT=1`, raises KernelNotCachedError where a GPU of this machine would.
 
@@ -70,12 +85,12 @@ def require_cached(variant: dict[str, Any]) -> None:
     if os.environ.get("JFA_DISABLE_JIT", "0") in ("", "0"):
         return
     try:
-        names = {device["arch"] for device in _native.cuda_devices()["devices"]}
+        archs = device_archs()
     except RuntimeError:
         return  # for another machine
-    for name in names:
+    for arch in archs:
         try:
-            _native.cuda_warm(**variant, arch=int(name.removeprefix("sm_").rstrip("af")))
+            _native.cuda_warm(**variant, arch=arch)
         except RuntimeError as error:
             if "KernelNotCachedError" not in str(error):
                 raise
@@ -181,10 +196,6 @@ def backward(
     return [merge_heads(dq), keys_first(dk), keys_first(dv), *dslopes]
 
 
-def _num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
-    return aux[-1].shape[-1] - 1 if "cu_seqlens_kv" in spec.aux else 0
-
-
 @_fwd_p.def_abstract_eval
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     B, K, G, T, _ = q.shape
@@ -200,12 +211,17 @@ def _(
 ) -> list[Any]:
     B, K, G, T, _ = q.shape
     results = [result_aval(x, x.shape, range(x.ndim), x.dtype) for x in (q, k, v)]
-    num_sequences = _num_sequences(spec, rest)
+    sequences = num_sequences(spec, rest)
     if has_dslopes:
-        partials = _native.cuda_slope_partials(k.shape[2], num_sequences)
+        partials = _native.cuda_slope_partials(k.shape[2], sequences)
         results.append(result_aval(q, (B, K, G, partials), (0, 1, 2, None), jnp.float32))
     floats = _native.cuda_bwd_scratch_floats(
-        head_dim=q.shape[-1], head_dim_v=v.shape[-1], deterministic=spec.deterministic, group=G, q_len=T, num_sequences=num_sequences
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        deterministic=spec.deterministic,
+        group=G,
+        q_len=T,
+        num_sequences=sequences,
     )
     scratch = result_aval(q, (B, K, max(1, floats)), (0, 1, None), jnp.float32)
     return [*results, scratch]
@@ -240,14 +256,13 @@ def _layout(axes: str) -> tuple[int, ...]:
 def code_attributes(q: Any, v: Any) -> dict[str, Any]:
     """What of q and v decides the kernels, said in attributes too.
 
-    They are compiled before a runtime need show any operand. arch 0 is the device at hand, whose
-    context is current then.
+    They are compiled before a runtime need show any operand.
     """
     return {
         "is_bf16": np.bool_(q.dtype == jnp.bfloat16),
         "head_dim": np.int64(q.shape[-1]),
         "head_dim_v": np.int64(v.shape[-1]),
-        "arch": np.int64(0),
+        "arch": np.int64(_arch_to_compile_for()),
     }
 
 
@@ -266,18 +281,12 @@ def _lower(
     axes = [*inputs]
     for name in spec.aux:
         axes += {**_AUX_AXES, **offset_axes}[name]
-    avals = [*ctx.avals_in, *ctx.avals_out]
-    sizes = {
-        letter: size
-        for letters, aval in zip([*axes, *results], avals, strict=True)
-        for letter, size in zip(letters, aval.shape, strict=True)
-    }
     q, _, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         target,
         operand_layouts=[_layout(x) for x in axes],
         result_layouts=[_layout(x) for x in results],
-        extra_attributes=partition_attributes(axes, results, sizes, 2),
+        extra_attributes=partition_attributes(ctx, axes, results, 2),
     )
     return lower(
         ctx,

@@ -5,6 +5,7 @@ be split over its key heads alone: there `K` comes before `B` in every operand, 
 and `k [K, pages, page size, H]`. Layouts keep all memory as the caller has it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,14 +37,14 @@ def decodes(q: Any, v: Any, num_kv_heads: int, spec: AttentionSpec) -> bool:
     return T <= _FEW_TOKENS or T * (N // num_kv_heads) <= _FEW_ROWS
 
 
-def _num_shards(ctx: Any) -> int:
+def num_shards(ctx: Any) -> int:
     """Into how many parts XLA may cut the operands that it sees."""
     context = ctx.module_context.axis_context
     mesh = getattr(context, "mesh", None)
     if mesh is None:
         return getattr(context, "num_devices", None) or 1
     manual = getattr(context, "manual_axes", frozenset())
-    return int(np.prod([size for name, size in mesh.shape.items() if name not in manual], dtype=int))
+    return math.prod(size for name, size in mesh.shape.items() if name not in manual)
 
 
 def _scratch(
@@ -58,64 +59,63 @@ def _scratch(
     return -(-floats // local)
 
 
-def decode(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
-    """Lowering rule of `fwd_p` where `decodes` says so."""
-    shards = _num_shards(ctx)
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    shards: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`fwd_p` where `decodes` says so; XLA may cut the operands into so many `shards`."""
+    _lowering_cuda.check_supported(q, v)
+    (B, T, N, _), K = q.shape, k.shape[2]
+    rows = T * (N // K)
+    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, "decode", q, v, rows=rows))
+    out, lse, _ = _serve_p.bind(
+        _lowering_cuda.split_heads(q, K),
+        _lowering_cuda.keys_first(k),
+        _lowering_cuda.keys_first(v),
+        *_lowering_cuda.aux_operands(spec, aux, K),
+        spec=spec,
+        rows=rows,
+        layout=None,
+        scratch=_scratch(B, K, N // K, T, k.shape[1], v.shape[-1], shards),
+    )
+    return _lowering_cuda.merge_heads(out), lse.reshape(B, N, T)
 
-    def function(q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array) -> Any:
-        _lowering_cuda.check_supported(q, v)
-        (B, T, N, _), K = q.shape, k.shape[2]
-        rows = T * (N // K)
-        _lowering_cuda.require_cached(_lowering_cuda.variant(spec, "decode", q, v, rows=rows))
-        scratch = _scratch(B, K, N // K, T, k.shape[1], v.shape[-1], shards)
-        out, lse, _ = _serve_p.bind(
-            _lowering_cuda.split_heads(q, K),
-            _lowering_cuda.keys_first(k),
-            _lowering_cuda.keys_first(v),
-            *_lowering_cuda.aux_operands(spec, aux, K),
-            spec=spec,
-            rows=rows,
-            layout=None,
-            scratch=scratch,
-        )
-        return _lowering_cuda.merge_heads(out), lse.reshape(B, N, T)
 
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
-
-
-def paged(ctx: Any, *operands: Any, spec: AttentionSpec, layout: str) -> Any:
-    """Lowering rule of `paged_p`: decoding, or the forward kernel for long chunks."""
-    shards = _num_shards(ctx)
-
-    def function(q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array) -> Any:
-        _lowering_cuda.check_supported(q, v)
-        B, T, N, H = q.shape
-        heads_axis = _PAGE_MEMORY[layout].index("k")
-        K = k.shape[heads_axis]
-        G = N // K
-        rows = T * G if decodes(q, v, K, spec) else 0
-        op = "decode" if rows else "fwd"
-        _lowering_cuda.require_cached(_lowering_cuda.variant(spec, op, q, v, rows=rows))
-        page_size = k.shape[3 - heads_axis]
-        kv_len = aux[spec.aux.index("page_table")].shape[-1] * page_size
-        scratch = 1
-        if rows:
-            scratch = _scratch(B, K, G, T, kv_len, v.shape[-1], shards)
-        pages = lambda x: jnp.moveaxis(x, heads_axis, 0)  # noqa: E731 (two uses, one call)
-        out, lse, _ = _serve_p.bind(
-            q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4),
-            pages(k),
-            pages(v),
-            *_paged_aux(spec, aux, K, 1 if shards == 1 else K),
-            spec=spec,
-            rows=rows,
-            layout=layout,
-            scratch=scratch,
-        )
-        out = out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, v.shape[-1])
-        return out, lse.swapaxes(0, 1).reshape(B, N, T)
-
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+def paged(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+    shards: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`paged_p`: decoding, or the forward kernel for long chunks and packed batches."""
+    _lowering_cuda.check_supported(q, v)
+    B, T, N, H = q.shape
+    heads_axis = _PAGE_MEMORY[layout].index("k")
+    K, page_size = k.shape[heads_axis], k.shape[3 - heads_axis]
+    G = N // K
+    rows = T * G if decodes(q, v, K, spec) else 0
+    op = "decode" if rows else "fwd"
+    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, op, q, v, rows=rows))
+    kv_len = aux[spec.aux.index("page_table")].shape[-1] * page_size
+    out, lse, _ = _serve_p.bind(
+        q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4),
+        jnp.moveaxis(k, heads_axis, 0),
+        jnp.moveaxis(v, heads_axis, 0),
+        *_paged_aux(spec, aux, K, 1 if shards == 1 else K),
+        spec=spec,
+        rows=rows,
+        layout=layout,
+        scratch=_scratch(B, K, G, T, kv_len, v.shape[-1], shards) if rows else 1,
+    )
+    out = out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, v.shape[-1])
+    return out, lse.swapaxes(0, 1).reshape(B, N, T)
 
 
 def _paged_aux(
@@ -204,20 +204,10 @@ def _lower_serve(
         inputs = [("kbgth", "btkgh"), ("kpsh", memory + "h"), ("kpsd", memory + "d")]
         inputs += [_aux_axes(name, spec, heads) for name in spec.aux]
         results = [("kbgtd", "btkgd"), ("kbgt", "bkgt"), ("kbx", "bkx")]
-    avals = [*ctx.avals_in, *ctx.avals_out]
-    sizes = {
-        letter: size
-        for (letters, _), aval in zip([*inputs, *results], avals, strict=True)
-        for letter, size in zip(letters, aval.shape, strict=True)
-    }
     partition = {}
-    if "o" not in sizes:
-        partition = partition_attributes(
-            [axes for axes, _ in inputs],
-            [axes for axes, _ in results],
-            sizes,
-            2 if layout is None else 1,
-        )
+    if "o" not in inputs[-1][0]:
+        axes = [x for x, _ in inputs], [x for x, _ in results]
+        partition = partition_attributes(ctx, *axes, 2 if layout is None else 1)
     q, _, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         SERVE_TARGET,

@@ -138,13 +138,14 @@ def _finish(
         if soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
     left, right = _window(local_window_size)
-    has_window = any(x is not None for x in _pair(local_window_size))
+    has_window = left is not None or right is not None
     sink_tokens = min(_spec.static_int("sink_tokens", sink_tokens, 0), _spec.MAX_LENGTH)
     if sink_tokens and not is_causal and not has_window:
         raise ValueError(
             f"sink_tokens must come with a window or a causal mask, got {sink_tokens} without: "
             "all keys are visible already"
         )
+    left, right = (None if x is None or x > MAX_WINDOW else x for x in (left, right))
     if is_causal:
         right = None  # what causality hides anyway
     elif right == 0 and left is None and not sink_tokens:
@@ -197,24 +198,15 @@ def _arrays(q: Any, k: Any, v: Any, implementation: Any) -> tuple[Any, Any, Any,
     return q, k, v, tuple(q.shape[:-3])
 
 
-def _pair(size: Any) -> tuple[Any, Any]:
-    """`local_window_size` as (left, right)."""
+def _window(size: Any) -> tuple[int | None, int | None]:
+    """`local_window_size` as (left, right), of which None is open."""
     left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
     if isinstance(left, (tuple, list)):
         raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
-    return left, right
-
-
-def _window(size: Any) -> tuple[int | None, int | None]:
-    """Keys visible to the left and to the right of the position; None is open."""
 
     def side(x: Any) -> int | None:
-        if x is None:
-            return None
-        size = _spec.static_int("local_window_size", x, 0)
-        return None if size > MAX_WINDOW else size
+        return None if x is None else _spec.static_int("local_window_size", x, 0)
 
-    left, right = _pair(size)
     return side(left), side(right)
 
 
@@ -243,7 +235,7 @@ def _offset_per_packed_sequence(offset: Any, batch: Sequence[int], num_sequences
         [(), (num_sequences,), shape],
         f"be a scalar or have shape ({num_sequences},) or {shape}, one value per sequence",
     )
-    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
+    return jnp.broadcast_to(x, shape)
 
 
 def _segment_ids(ids: Any, batch: tuple[int, ...], T: int, S: int) -> tuple[jax.Array, jax.Array]:
@@ -262,7 +254,7 @@ def _segment_ids(ids: Any, batch: tuple[int, ...], T: int, S: int) -> tuple[jax.
         shapes = [(*batch, length), (length,)]
         what = f"have shape {shapes[0]} or ({length},)"
         x = _spec.int32_array(f"segment_ids of {name}", x, shapes, what)
-        return jnp.broadcast_to(x.reshape((1,) * (len(shapes[0]) - x.ndim) + x.shape), shapes[0])
+        return jnp.broadcast_to(x, shapes[0])
 
     return canonical("queries", ids[0], T), canonical("keys", ids[1], S)
 
@@ -281,6 +273,5 @@ def _boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Ar
     x = _spec.int32_array(
         name, x, [shape, shape[-1:]], f"have shape {shape} or {shape[-1:]} (sequences + 1)"
     )
-    x = jnp.clip(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), 0, total)
-    x = lax.cummax(x.at[..., 0].set(0), axis=x.ndim - 1)
+    x = lax.cummax(jnp.clip(x, 0, total).at[..., 0].set(0), axis=x.ndim - 1)
     return jnp.broadcast_to(x, shape)

@@ -116,7 +116,8 @@ def distances(spec: AttentionSpec, T: int, S: int, aux: Aux, dtype: DTypeLike) -
     return abs(distance).astype(dtype)
 
 
-def _zero_padding(x: jax.Array, exists: jax.Array) -> jax.Array:
+def zero_padding(x: jax.Array, exists: jax.Array) -> jax.Array:
+    """`x [B, length, heads, dim]` with 0 where there is no token."""
     return jnp.where(exists[:, :, None, None], x, 0)
 
 
@@ -150,9 +151,9 @@ def attention(
     queries, keys = tokens(T, S, aux)
     # Padding may hold anything, NaN included, and 0 * NaN is NaN: it is zeroed, not only masked.
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
-        q = _zero_padding(q, queries.exists)
+        q = zero_padding(q, queries.exists)
     if "kv_lengths" in aux or "cu_seqlens_kv" in aux:
-        k, v = _zero_padding(k, keys.exists), _zero_padding(v, keys.exists)
+        k, v = zero_padding(k, keys.exists), zero_padding(v, keys.exists)
 
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accumulator)
@@ -173,6 +174,6 @@ def attention(
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=accumulator)
     out = out.reshape(B, T, N, v.shape[-1])
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
-        out = _zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
+        out = zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0].astype(accumulator)
     return out.astype(v.dtype), lse.reshape(B, N, T)

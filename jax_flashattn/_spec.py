@@ -222,4 +222,4 @@ def float32_per_head(name: str, x: Any, batch: Sequence[int], num_heads: int) ->
             f"got {x.shape}"
         )
     x = jnp.asarray(x, jnp.float32)
-    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
+    return jnp.broadcast_to(x, shape)
