@@ -65,6 +65,18 @@ def _bwd_reference(
     return gradients
 
 
+def _paged_reference(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+) -> tuple[jax.Array, jax.Array]:
+    arrays = dict(zip(spec.aux, aux, strict=True))
+    return _reference.paged_attention(spec, q, k_pages, v_pages, arrays, layout=layout)
+
+
 def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
     _check_implementation(params["spec"], "/".join(ctx.platforms or ctx.module_context.platforms))
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
@@ -79,7 +91,10 @@ def _lower(
 
 fwd_dense = partial(_lower_dense, _fwd_reference)
 bwd_dense = partial(_lower_dense, _bwd_reference)
+paged_dense = partial(_lower_dense, _paged_reference)
 fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward)
 bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
+paged_cpu = partial(_lower, "cpu", _lowering_cpu.paged_forward)
 fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)
 bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward)
+paged_cuda = partial(_lower, "cuda", _paged_reference)

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Each Python module and the modules of the package that it may import.
 PYTHON = {
-    "__init__": {"_api", "_explain", "_spec"},
+    "__init__": {"_api", "_explain", "_kv_cache", "_page_allocator", "_serving", "_spec"},
     "__main__": {"_bench", "_bench_cuda", "_native"},
     "_bench": {"_api", "_bench_features", "_native"},
     "_bench_cuda": {"_api", "_bench_features", "_native", "_timing"},
@@ -17,6 +17,10 @@ PYTHON = {
     "_timing": set(),
     "_api": {"_prepare", "_reference", "_spec", "_vjp"},
     "_explain": {"_lowering_cuda", "_native", "_prepare", "_spec"},
+    "_serving": {"_api", "_kv_cache", "_paged", "_prepare", "_reference", "_spec"},
+    "_kv_cache": {"_prepare", "_reference", "_spec"},
+    "_page_allocator": set(),
+    "_paged": {"_calls", "_lowering", "_sharding", "_spec"},
     "_prepare": {"_spec"},
     "_vjp": {"_primitives", "_sharding", "_spec"},
     "_primitives": {"_calls", "_lowering", "_sharding", "_spec"},
