@@ -240,7 +240,8 @@ class PagedKVCache:
           allow_shared: pages may be used more than once, as those of a common prefix are.
 
         Raises:
-          jax.errors.JaxRuntimeError: names the sequence and what is wrong with it.
+          jax.experimental.checkify.JaxRuntimeError: a ValueError that names the sequence and what
+            is wrong with it.
         """
         from jax.experimental import checkify  # imports Pallas, which takes a while
 

@@ -5,6 +5,7 @@ logits are materialised, so memory grows with T * S, but it runs, differentiates
 order) and partitions wherever XLA does.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -210,11 +211,12 @@ def paged_attention(
     """
     dense = {name: x for name, x in aux.items() if name != "page_table"}
     table = jnp.clip(aux["page_table"], 0, k_pages.shape[0] - 1)
+    B = table.shape[0]
 
     def gather(pages: jax.Array) -> jax.Array:
         if layout == "HND":
             pages = pages.swapaxes(1, 2)
-        tokens = pages[table.reshape(table.shape[0], -1)]  # [B, n * M, page_size, K, H]
-        return tokens.reshape(tokens.shape[0], -1, *tokens.shape[-2:])
+        tokens = pages[table]  # [B, M, page_size, K, H], or n before M
+        return tokens.reshape(B, math.prod(tokens.shape[1:-2]), *tokens.shape[-2:])
 
     return attention(spec, q, gather(k_pages), gather(v_pages), dense)
