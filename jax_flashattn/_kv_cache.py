@@ -217,17 +217,31 @@ class PagedKVCache:
         position = lengths[sequence] + index
         column = jnp.minimum(position // self.page_size, M - 1)
         page = jnp.where(
-            exists & (position < room[sequence]), self.page_table[sequence, column], self.num_pages
+            exists & (position < room[sequence]),
+            jnp.asarray(self.page_table)[sequence, column],
+            self.num_pages,
         )
         token = position % self.page_size
-        # One scatter: XLA does it in place where the pool is donated.
-        place = (page, token) if self.layout == "NHD" else (page, slice(None), token)
         return dataclasses.replace(
             self,
-            k_pages=self.k_pages.at[place].set(k.astype(self.k_pages.dtype), mode="drop"),
-            v_pages=self.v_pages.at[place].set(v.astype(self.v_pages.dtype), mode="drop"),
+            k_pages=self._write(self.k_pages, page, token, k),
+            v_pages=self._write(self.v_pages, page, token, v),
             lengths=lengths + jnp.clip(room - lengths, 0, count),
         )
+
+    def _write(self, pool: jax.Array, page: jax.Array, token: jax.Array, x: jax.Array) -> jax.Array:
+        """One scatter, which XLA does in place where the pool is donated; no page, no write."""
+        pool, x = jnp.asarray(pool), jnp.asarray(x).astype(pool.dtype)
+        if self.layout == "NHD":
+            place = page, token
+        elif any(jax.typeof(pool).sharding.spec):
+            place = page, slice(None), token  # explicit sharding of an axis wants it to be a slice
+        else:
+            # An index for the heads too: for a slice in the middle older versions of XLA transpose
+            # the pool, and write a copy.
+            heads = jnp.arange(x.shape[-2], dtype=jnp.int32).reshape((1,) * page.ndim + (-1,))
+            place = page[..., None], heads, token[..., None]
+        return pool.at[place].set(x, mode="drop")
 
     def validate(self, *, allow_shared: bool = False) -> None:
         """Checks the values, which nothing else does, by `jax.experimental.checkify`.
@@ -246,17 +260,20 @@ class PagedKVCache:
         from jax.experimental import checkify  # imports Pallas, which takes a while
 
         self.check()
-        index = jnp.argmax((self.lengths < 0) | (self.lengths > self.capacity))
-        length = self.lengths[index]
+        if self.page_table.shape[0] == 0:
+            return
+        table, lengths = jnp.asarray(self.page_table), jnp.asarray(self.lengths)
+        index = jnp.argmax((lengths < 0) | (lengths > self.capacity))
+        length = lengths[index]
         checkify.check(
             (length >= 0) & (length <= self.capacity),
             f"lengths must be within [0, {self.capacity}], got {{length}} for sequence {{index}}",
             length=length,
             index=index,
         )
-        B, M = self.page_table.shape
+        B, M = table.shape
         begin = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32) * self.page_size, (B, M))
-        used = begin < self.lengths[:, None]
+        used = begin < lengths[:, None]
         bad = used & ~self._is_page()
         index = jnp.argmax(jnp.any(bad, axis=1))
         column = jnp.argmax(bad[index])
@@ -264,13 +281,13 @@ class PagedKVCache:
             ~jnp.any(bad),
             f"page_table must hold page numbers within [0, {self.num_pages}) below the lengths, "
             "got {page} for sequence {index} in column {column}",
-            page=self.page_table[index, column],
+            page=table[index, column],
             index=index,
             column=column,
         )
         if allow_shared:
             return
-        pages = jnp.where(used, self.page_table, self.num_pages)
+        pages = jnp.where(used, table, self.num_pages)
         count = jnp.zeros(self.num_pages, jnp.int32).at[pages].add(1, mode="drop")
         page = jnp.argmax(count)
         checkify.check(

@@ -328,12 +328,12 @@ def boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Arr
 
     What isn't so is made so: an end before its begin is an empty sequence.
     """
-    if jnp.ndim(x) not in (1, 1 + len(batch)) or jnp.shape(x)[-1] < 2:
+    if np.ndim(x) not in (1, 1 + len(batch)) or np.shape(x)[-1] < 2:
         raise ValueError(
             f"{name} must have shape [n + 1] or {[*batch, 'n + 1']} with n >= 1 sequences, "
-            f"got {jnp.shape(x)}"
+            f"got {np.shape(x)}"
         )
-    shape = (*batch, jnp.shape(x)[-1])
+    shape = (*batch, np.shape(x)[-1])
     x = _spec.int32_array(
         name, x, [shape, shape[-1:]], f"have shape {shape} or {shape[-1:]} (sequences + 1)"
     )

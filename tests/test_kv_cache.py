@@ -203,3 +203,22 @@ def test_validate_raises(case):
     error, _ = checkify.checkify(jax.jit(PagedKVCache.validate))(cache)
     with pytest.raises(checkify.JaxRuntimeError, match=message):
         error.throw()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_and_numpy(layout):
+    """No sequences, no tokens; and a cache of numpy arrays, as one that was loaded."""
+    empty = PagedKVCache.create(**{**SIZES, "batch": 0}, layout=layout)
+    empty.append(jnp.zeros((0, 5, 2, 4)), jnp.zeros((0, 5, 2, 4))).validate()
+    cache = make(layout)
+    same = cache.append(*tokens(cache, (3, 0)))
+    np.testing.assert_array_equal(same.lengths, cache.lengths)
+    same = cache.append(*tokens(cache, (0,)), cu_seqlens=[0, 0, 0, 0])
+    np.testing.assert_array_equal(same.k_pages, cache.k_pages)
+    loaded = jax.tree.map(np.asarray, cache)
+    k, v = tokens(cache)
+    got = jax.tree.map(np.asarray, loaded.append(k, v))
+    got.validate()
+    assert_stores(got, k, v)
+    q = np.zeros((3, 1, 4, 4), np.float32)
+    assert paged_attention(q, got).shape == (3, 1, 4, 6)
