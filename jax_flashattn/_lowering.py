@@ -77,6 +77,15 @@ def _paged_reference(
     return _reference.paged_attention(spec, q, k_pages, v_pages, arrays, layout=layout)
 
 
+def _paged_without_kernel(*operands: jax.Array, spec: AttentionSpec, layout: str) -> Any:
+    if spec.implementation is not None:
+        raise UnsupportedError(
+            f"implementation={spec.implementation!r} has no kernel for paged attention yet; leave "
+            "implementation out to gather the pages, or name 'xla'"
+        )
+    return _paged_reference(*operands, spec=spec, layout=layout)
+
+
 def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
     _check_implementation(params["spec"], "/".join(ctx.platforms or ctx.module_context.platforms))
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
@@ -97,4 +106,4 @@ bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
 paged_cpu = partial(_lower, "cpu", _lowering_cpu.paged_forward)
 fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)
 bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward)
-paged_cuda = partial(_lower, "cuda", _paged_reference)
+paged_cuda = partial(_lower, "cuda", _paged_without_kernel)

@@ -209,11 +209,11 @@ def test_validate_raises(case):
 def test_nothing_and_numpy(layout):
     """No sequences, no tokens; and a cache of numpy arrays, as one that was loaded."""
     empty = PagedKVCache.create(**{**SIZES, "batch": 0}, layout=layout)
-    empty.append(jnp.zeros((0, 5, 2, 4)), jnp.zeros((0, 5, 2, 4))).validate()
+    append(empty, jnp.zeros((0, 5, 2, 4)), jnp.zeros((0, 5, 2, 4))).validate()
     cache = make(layout)
-    same = cache.append(*tokens(cache, (3, 0)))
+    same = append(cache, *tokens(cache, (3, 0)))
     np.testing.assert_array_equal(same.lengths, cache.lengths)
-    same = cache.append(*tokens(cache, (0,)), cu_seqlens=[0, 0, 0, 0])
+    same = append(cache, *tokens(cache, (0,)), cu_seqlens=np.zeros(4, int))
     np.testing.assert_array_equal(same.k_pages, cache.k_pages)
     loaded = jax.tree.map(np.asarray, cache)
     k, v = tokens(cache)

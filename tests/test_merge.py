@@ -12,6 +12,8 @@ import pages
 from jax_flashattn import attention, merge_attention, paged_attention
 from tolerances import assert_close
 
+merge = jax.jit(merge_attention)
+
 
 def check(q, k, v, got, **options):
     (B, T, N, _), Hv = q.shape, v.shape[-1]
@@ -32,7 +34,7 @@ def test_split_keys(dtype):
         options["sinks"] = jnp.asarray(sinks) if begin == 0 else None
         parts.append(attention(q, k[:, begin:end], v[:, begin:end], **options))
     assert np.isneginf(parts[2][1]).any()
-    merged = merge_attention(parts)
+    merged = merge(parts)
     assert merged[0].dtype == dtype and merged[1].dtype == jnp.float32
     check(q, k, v, merged, is_causal=True, query_offset=40, sinks=sinks)
 
@@ -51,7 +53,7 @@ def test_cascade():
     # In the own part positions count from its start. The first query of the last sequence lies
     # before it, and sees the prefix without its last token in the whole; so it takes no part here.
     own = paged_attention(jnp.asarray(q), cache, return_lse=True)
-    got = jax.tree.map(lambda x: x[:2], merge_attention([prefix, own]))
+    got = jax.tree.map(lambda x: x[:2], merge([prefix, own]))
     check(
         q[:2], k[:2], v[:2], got, is_causal=True, query_offset="end",
         key_value_seq_lengths=np.array(lengths[:2]),
@@ -63,11 +65,11 @@ def test_nothing_to_merge():
     out, lse = jnp.ones((2, 3, 4, 5)), jnp.zeros((2, 4, 3))
     blind = jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf)
     for parts in ([(out, lse)], [(out, lse), blind], [blind, (out, lse), blind]):
-        np.testing.assert_array_equal(merge_attention(parts)[0], out)
-        np.testing.assert_array_equal(merge_attention(parts)[1], lse)
+        np.testing.assert_array_equal(merge(parts)[0], out)
+        np.testing.assert_array_equal(merge(parts)[1], lse)
     for parts in ([blind], [blind, blind]):
-        np.testing.assert_array_equal(merge_attention(parts)[0], blind[0])
-        np.testing.assert_array_equal(merge_attention(parts)[1], blind[1])
+        np.testing.assert_array_equal(merge(parts)[0], blind[0])
+        np.testing.assert_array_equal(merge(parts)[1], blind[1])
 
 
 def test_gradients():
@@ -78,7 +80,7 @@ def test_gradients():
     def split(q, k, v):
         parts = [attention(q, k[:, a : a + 5], v[:, a : a + 5], query_offset=5 - a, **options)
                  for a in (0, 5, 20)]  # fmt: skip
-        return merge_attention(parts)
+        return merge(parts)
 
     def whole(q, k, v):
         return attention(q, k[:, :10], v[:, :10], query_offset=5, **options)
@@ -101,7 +103,7 @@ def test_packed():
     rest = dataclasses.replace(cache, page_table=cache.page_table[:, 1:], lengths=jnp.array([16]))
     options = dict(cu_seqlens_q=np.array([0, 12]), is_causal=False, return_lse=True)
     call = lambda cache: paged_attention(jnp.asarray(q[0]), cache, **options)
-    out, lse = merge_attention([call(first), call(rest)])
+    out, lse = merge([call(first), call(rest)])
     check(q, k, v, (out[None], lse[None]))
 
 

@@ -56,7 +56,7 @@ def test_vmap_over_caches(layout, implementation):
     q, cache = stack([x for x, _ in calls]), stack([x for _, x in calls])
     wild = cache.page_table.at[0, 0, 0].set(10**6)
     cache = dataclasses.replace(cache, page_table=wild)
-    f = lambda *x: with_lse(*x, implementation=implementation)
+    f = jax.jit(lambda *x: with_lse(*x, implementation=implementation))
     expected = [f(q[i], jax.tree.map(lambda x, i=i: x[i], cache)) for i in range(2)]
     assert_same(jax.vmap(f)(q, cache), tuple(stack(expected)))
 
@@ -85,7 +85,7 @@ def test_vmap_of_append():
     cache = stack([x for _, x in calls])
     k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 2, 8)), jnp.float32)
     counts = jnp.array([[4, 1], [0, 3]])
-    f = lambda cache, k, n: cache.append(k, -k, num_tokens=n)
+    f = jax.jit(lambda cache, k, n: cache.append(k, -k, num_tokens=n))
     expected = stack([f(calls[i][1], k[i], counts[i]) for i in range(2)])
     assert_same(jax.vmap(f)(cache, k, counts), expected)
 
@@ -132,6 +132,10 @@ def test_lowers_for_every_platform():
     assert "jfa_paged_v1" in trace().lower(lowering_platforms=("cpu",)).as_text()
     with pytest.raises(UnsupportedError, match=r"implementation='cpu' has no kernel for .* tpu"):
         trace(implementation="cpu").lower(lowering_platforms=("tpu",))
+    # Until there are CUDA kernels for pages.
+    assert "custom_call" not in trace().lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(UnsupportedError, match=r"implementation='cuda' has no kernel for paged"):
+        trace(implementation="cuda").lower(lowering_platforms=("cuda",))
 
 
 # Eight devices: 4 for sequences, 2 for heads.
@@ -167,7 +171,7 @@ def test_heads_by_shard_map(layout):
         in_specs=(specs, heads, heads, heads),
         out_specs=(specs, heads, P(None, "tp")),
     )
-    assert_same(jax.jit(sharded)(cache, *tokens()), step(cache, *tokens()))
+    assert_same(jax.jit(sharded)(cache, *tokens()), jax.jit(step)(cache, *tokens()))
 
 
 def test_sequences_by_shard_map():
@@ -197,7 +201,7 @@ def test_sequences_by_shard_map():
     new, out, lse = jax.jit(sharded)(cache, q, k, v)
     for i, shard in enumerate(shards):
         part = slice(2 * i, 2 * i + 2)
-        alone, *expected = step(shard, q[part], k[part], v[part])
+        alone, *expected = jax.jit(step)(shard, q[part], k[part], v[part])
         assert_same([out[part], lse[part]], expected)
         np.testing.assert_array_equal(new.lengths[part], alone.lengths)
 
@@ -206,7 +210,7 @@ def test_sequences_by_shard_map():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads_by_the_compiler(kind, layout):
     _, cache = inputs(B=8, layout=layout)
-    expected = step(cache, *tokens())
+    expected = jax.jit(step)(cache, *tokens())
     m = mesh(kind)
     with jax.set_mesh(m):
         put = lambda x, s: jax.device_put(x, NamedSharding(m, s))
@@ -227,4 +231,4 @@ def test_sequences_by_the_compiler():
     put = lambda x, s: jax.device_put(x, NamedSharding(m, s))
     arrays = [put(x, P("dp")) for x in tokens()]
     sharded = jax.tree.map(put, cache, cache_specs("NHD", sequences="dp"))
-    assert_same(jax.jit(step)(sharded, *arrays), step(cache, *tokens()))
+    assert_same(jax.jit(step)(sharded, *arrays), jax.jit(step)(cache, *tokens()))
