@@ -137,7 +137,7 @@ class PagedKVCache:
     @property
     def page_size(self) -> int:
         """Tokens per page."""
-        return self.k_pages.shape[1 if self.layout == "NHD" else 2]
+        return self.k_pages.shape[_spec.page_axes(self.layout)[0]]
 
     @property
     def capacity(self) -> int:
@@ -302,7 +302,7 @@ class PagedKVCache:
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-        K = pages.shape[2 if self.layout == "NHD" else 1]
+        K = pages.shape[_spec.page_axes(self.layout)[1]]
         B, dim = self.page_table.shape[0], pages.shape[-1]
         if packed:
             fits, shape = x.ndim == 3, f"[total, {K}, {dim}] with cu_seqlens"

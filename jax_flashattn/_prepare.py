@@ -125,7 +125,7 @@ def paged(
     packed = cu_seqlens_q is not None
     dense = options.get("implementation") == "xla"
     _spec.check_pages(q, k_pages, v_pages, page_table, lengths, layout, packed=packed, dense=dense)
-    capacity = page_table.shape[1] * k_pages.shape[1 if layout == "NHD" else 2]
+    capacity = page_table.shape[1] * k_pages.shape[_spec.page_axes(layout)[0]]
     num_sequences, T = page_table.shape[0], q.shape[-3]
     lengths = jnp.clip(lengths, 0, capacity)
     aux: dict[str, jax.Array] = {"kv_lengths": lengths, "page_table": page_table}

@@ -162,6 +162,11 @@ def check_arrays(
         )
 
 
+def page_axes(layout: str) -> tuple[int, int]:
+    """The axes of tokens and of heads in a pool of pages."""
+    return (1, 2) if layout == "NHD" else (2, 1)
+
+
 def check_cache(k_pages: Any, v_pages: Any, page_table: Any, lengths: Any, layout: Any) -> None:
     """Raises unless the arrays are a valid paged cache.
 
@@ -169,7 +174,7 @@ def check_cache(k_pages: Any, v_pages: Any, page_table: Any, lengths: Any, layou
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    token_axis, head_axis = (1, 2) if layout == "NHD" else (2, 1)
+    token_axis, head_axis = page_axes(layout)
     axes = "page_size, K" if layout == "NHD" else "K, page_size"
     for name, x, last in (("k_pages", k_pages, "H"), ("v_pages", v_pages, "Hv")):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -240,12 +245,12 @@ def check_pages(
             f"q must have the batch of the cache, {page_table.shape[0]}, got {q.shape[0]} "
             f"(shape {tuple(q.shape)})"
         )
-    # One page stands for the keys; the head dims and the heads are checked as for any keys.
-    token = lambda x: x.update(shape=(1, x.shape[1 if layout == "HND" else 2], x.shape[3]))  # noqa: E731
-    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    k, v = token(struct(k_pages)), token(struct(v_pages))
+    # One token stands for the keys: heads, head dims and dtypes are checked as for any.
+    heads = k_pages.shape[page_axes(layout)[1]]
+    k, v = (jax.ShapeDtypeStruct((1, heads, x.shape[-1]), x.dtype) for x in (k_pages, v_pages))
+    queries = jax.ShapeDtypeStruct(q.shape[-3:], q.dtype)
     names = ("q", "k_pages", "v_pages")
-    check_arrays(struct(q).update(shape=q.shape[-3:]), k, v, dense=dense, names=names)
+    check_arrays(queries, k, v, dense=dense, names=names)
 
 
 def static_number(name: str, x: Any, advice: str) -> float:
