@@ -33,6 +33,7 @@ nb::dict CpuHandlers() {
   nb::dict handlers;
   handlers["jfa_fwd_v2"] = Capsule(jfa::cpu::FwdExecute);
   handlers["jfa_bwd_v2"] = Capsule(jfa::cpu::BwdExecute);
+  handlers["jfa_paged_v1"] = Capsule(jfa::cpu::PagedExecute);
   return handlers;
 }
 

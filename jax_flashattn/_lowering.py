@@ -64,6 +64,23 @@ def _bwd_reference(
     return gradients
 
 
+def _paged_reference(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+) -> tuple[jax.Array, jax.Array]:
+    arrays = dict(zip(spec.aux, aux, strict=True))
+    return _reference.paged_attention(spec, q, k_pages, v_pages, arrays, layout=layout)
+
+
+def _name_of(platform: str | None, ctx: Any) -> str:
+    """Of a platform without kernels only `ctx` knows the name."""
+    return platform or "/".join(ctx.platforms or ctx.module_context.platforms)
+
+
 def _lower(
     platform: str | None,
     function: Callable[..., Any],
@@ -72,10 +89,8 @@ def _lower(
     *operands: Any,
     **params: Any,
 ) -> Any:
-    """The rule of a platform; None is for those without kernels, of which `ctx` knows the names."""
-    if platform is None:
-        platform = "/".join(ctx.platforms or ctx.module_context.platforms)
-    _check_implementation(params["spec"], platform)
+    """The rule of a platform; None is for those without kernels."""
+    _check_implementation(params["spec"], _name_of(platform, ctx))
     run = partial(_explicit.on_shards, partial(function, **params), *axes(**params), ctx.avals_out)
     return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
@@ -95,3 +110,21 @@ def fwd_cuda(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
     if _lowering_serve.decodes(q, v, k.shape[2], spec):
         function = partial(_lowering_serve.decode, shards=_lowering_serve.num_shards(ctx))
     return _lower("cuda", function, _fwd, ctx, *operands, spec=spec)
+
+
+def _lower_paged(
+    platform: str | None, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+) -> Any:
+    """Pages belong to no sequence: in explicit mode too they are left to the partitioner."""
+    _check_implementation(params["spec"], _name_of(platform, ctx))
+    return mlir.lower_fun(partial(function, **params), multiple_results=True)(ctx, *operands)
+
+
+def paged_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+    """Decoding, chunks of prefill and mixed batches."""
+    function = partial(_lowering_serve.paged, shards=_lowering_serve.num_shards(ctx))
+    return _lower_paged("cuda", function, ctx, *operands, **params)
+
+
+paged_dense = partial(_lower_paged, None, _paged_reference)
+paged_cpu = partial(_lower_paged, "cpu", _lowering_cpu.paged_forward)

@@ -12,11 +12,12 @@ from jax_flashattn import _native
 from jax_flashattn._calls import Primitive, attributes, forward_avals, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import AttentionSpec, Dims
-from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET
 
 _fwd_p = Primitive("flash_attention_fwd_cpu")
 _bwd_p = Primitive("flash_attention_bwd_cpu")
-for _p in (_fwd_p, _bwd_p):
+_paged_p = Primitive("paged_attention_cpu")
+for _p in (_fwd_p, _bwd_p, _paged_p):
     _p.multiple_results = True
 
 # Axes of the optional arrays; z: sequences of a packed batch, y: their boundaries.
@@ -91,5 +92,36 @@ def _lower_bwd(ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool) ->
     return lower(ctx, *operands, **attributes(spec), has_dlse=np.bool_(has_dlse))
 
 
+# Pages: where they lie, without a copy. Nothing is said about partitioning, because no axis leads
+# every operand: XLA gathers what is sharded, and `shard_map` is the way to split.
+
+
+def paged_forward(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+) -> list[jax.Array]:
+    """`paged_p` by the CPU kernels."""
+    return _paged_p.bind(q, k_pages, v_pages, *aux, spec=spec, layout=layout)
+
+
+@_paged_p.def_abstract_eval
+def _(q: Any, k_pages: Any, v_pages: Any, *aux: Any, spec: AttentionSpec, layout: str) -> list[Any]:
+    B, T, N, _ = q.shape
+    return [
+        result_aval(q, (B, T, N, v_pages.shape[-1]), (0, 1, 2, None), q.dtype),
+        result_aval(q, (B, N, T), (0, 2, 1), jnp.float32),
+    ]
+
+
+def _lower_paged(ctx: Any, *operands: Any, spec: AttentionSpec, layout: str) -> Any:
+    lower = jax.ffi.ffi_lowering(PAGED_TARGET)
+    return lower(ctx, *operands, **attributes(spec), heads_first=np.bool_(layout == "HND"))
+
+
+mlir.register_lowering(_paged_p, _lower_paged, platform="cpu")
 mlir.register_lowering(_fwd_p, _lower_fwd, platform="cpu")
 mlir.register_lowering(_bwd_p, _lower_bwd, platform="cpu")

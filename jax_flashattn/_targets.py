@@ -17,6 +17,7 @@ from jax_flashattn import _native
 FWD_TARGET = "jfa_fwd_v2"
 BWD_TARGET = "jfa_bwd_v2"
 SERVE_TARGET = "jfa_serve_v1"
+PAGED_TARGET = "jfa_paged_v1"
 
 
 def _check_ffi_version() -> None:
@@ -53,7 +54,8 @@ def _nvrtc_directories() -> list[str]:
 def _register() -> None:
     for name, handler in _native.cpu_handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
-        jax.ffi.register_ffi_target_as_batch_partitionable(name)
+        if name != PAGED_TARGET:  # pages belong to no batch element
+            jax.ffi.register_ffi_target_as_batch_partitionable(name)
     jax.ffi.register_ffi_type("jfa_cuda_state_v2", _native.cuda_state_type(), platform="CUDA")
     for name, stages in _native.cuda_handlers().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
