@@ -20,6 +20,26 @@ OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
 LAYOUTS = ((), ("segments",), ("packed",))
 
 
+def _serving_variants(product: bool) -> list[tuple]:
+    """Decoding with 16, 32 and 64 rows a tile, and the forward over pages."""
+    dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
+    logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
+    masks = ("full", "causal", "local")
+    decode = [
+        ("decode", dtype, *dims, mask, [*more], arch, rows)
+        for arch, dims, dtype, mask, more, rows in itertools.product(
+            ARCHS, HEAD_DIMS, dtypes, masks, logits if product else [()], (16, 32, 64)
+        )
+    ]
+    paged = [
+        ("fwd", dtype, *dims, mask, [*more, *layout, "paged"], arch, 0)
+        for arch, dims, dtype, mask, more, layout in itertools.product(
+            ARCHS, HEAD_DIMS, dtypes, masks, logits if product else [()], ((), ("packed",))
+        )
+    ]
+    return decode + paged
+
+
 def _variants(product: bool) -> list[tuple]:
     dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
     logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
@@ -30,7 +50,7 @@ def _variants(product: bool) -> list[tuple]:
         for arch, (op, extra), dims, dtype, mask, more in itertools.product(
             ARCHS, OPS, HEAD_DIMS, dtypes, masks, features
         )
-    ]
+    ] + _serving_variants(product)
 
 
 def _rows(variant: tuple) -> list[tuple]:

@@ -95,3 +95,43 @@ def check(q, k, v, lengths, cache: PagedKVCache, *, cu_seqlens_q=None, **options
         assert x.dtype == (q.dtype if name == "out" else jnp.float32), name
         packed = cu_seqlens_q is not None
         assert_close(x[None] if packed else x, reference, low, dtype=q.dtype, what=name)
+
+
+def _options(choose: Any, T: int, N: int, S: int, rng: np.random.Generator) -> dict[str, Any]:
+    maybe = lambda f: f() if choose([False, True]) else None
+    is_causal = choose([True, True, False])
+    window = choose([None, (20, 0), (9, 3), (None, 5), 70])
+    options = {
+        "is_causal": is_causal,
+        "local_window_size": window,
+        "sink_tokens": choose([0, 3, 70]) if is_causal or window else 0,
+        "logits_soft_cap": maybe(lambda: 5.0),
+        "alibi_slopes": maybe(lambda: rng.uniform(-0.02, 0.5, N).astype(np.float32)),
+        "sinks": maybe(lambda: rng.normal(size=N).astype(np.float32)),
+        "scale": maybe(lambda: -0.3),
+        "query_offset": choose(["end", "end", 0, 11, rng.integers(-9, S, 3).astype(np.int32)]),
+    }
+    return {name: x for name, x in options.items() if x is not None}
+
+
+def check_any(choose: Any, heads: tuple[int, ...], T: list[int], S: int, dtype: Any) -> None:
+    """Checks a call that `choose` draws: three sequences of up to S keys and one of T queries.
+
+    `heads` are N, K, H and Hv.
+    """
+    T, seed = choose(T), choose(range(1000))
+    rng = np.random.default_rng(seed)
+    q, k, v = oracle.make_inputs(seed, 3, T, S, *heads, dtype)[:3]
+    lengths = [choose([0, 1, 8, S // 3, 64, S - 1, S]) for _ in range(3)]
+    cache = make_cache(
+        k, v, lengths, page_size=choose([8, 32, 128]), layout=choose(["NHD", "HND"]), seed=seed
+    )
+    options = _options(choose, T, heads[0], S, rng)
+    form = choose(["whole", "padded", "packed"])
+    if form == "padded":
+        options["query_seq_lengths"] = np.array([choose([0, 1, T, T + 3]) for _ in range(3)])
+    if form == "packed":
+        q_lengths = [choose([0, 1, 1, T // 2, T]) for _ in range(3)]
+        q = q.reshape(-1, *q.shape[2:])  # 3 T tokens, with a tail
+        options["cu_seqlens_q"] = boundaries(q_lengths)
+    check(q, k, v, lengths, cache, **options)

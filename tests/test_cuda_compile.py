@@ -30,24 +30,46 @@ FACTORS = {
 }
 
 
+FLAGS = ("softcap", "alibi", "layout", "paged")
+# Kernels of serving have fewer factors, so a table of their own each.
+DECODE_FACTORS = {
+    "head_dims": [*HEAD_DIMS, (40, 72), (192, 128)],
+    "rows": [1, 17, 64],
+    **{name: FACTORS[name] for name in ("dtype", "mask", "softcap", "alibi")},
+}
+PAGED_FACTORS = {
+    "head_dims": [(64, 64), (128, 128), (256, 256), (17, 33)],
+    "layout": [[], ["packed"]],
+    **{name: FACTORS[name] for name in ("dtype", "mask", "softcap", "alibi")},
+}
+
+
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    if "process" in symbol or re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol):
+    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol)
+    if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
 
 
 def variants(arch: int):
     """Arguments of `cuda_warm` for each row: all of them for two architectures, else a quarter."""
-    rows = pairwise(FACTORS)
+    tables = [
+        *({**row, "paged": []} for row in pairwise(FACTORS)),
+        *(
+            {**row, "op": ("decode", []), "layout": [], "paged": []}
+            for row in pairwise(DECODE_FACTORS)
+        ),
+        *({**row, "op": ("fwd", []), "paged": ["paged"]} for row in pairwise(PAGED_FACTORS)),
+    ]
     if arch not in MAIN_ARCHS:
-        rows = rows[OTHER_ARCHS.index(arch) :: 4]
-    for row in rows:
+        tables = tables[OTHER_ARCHS.index(arch) :: 4]
+    for row in tables:
         op, features = row["op"]
-        features = [*features, *row["softcap"], *row["alibi"], *row["layout"]]
+        features = [*features, *(x for name in FLAGS for x in row[name])]
         if "dslopes" in features and "alibi" not in features:
             features.append("alibi")
-        yield op, row["dtype"], *row["head_dims"], row["mask"], features, arch
+        yield op, row["dtype"], *row["head_dims"], row["mask"], features, arch, row.get("rows", 0)
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -8,10 +8,10 @@ from jax import export
 
 import oracle
 from jax_flashattn import PagedKVCache, attention, paged_attention
-from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET, SERVE_TARGET
 
 # The names are versioned: a program exported today means the same to later releases.
-TARGETS = FWD_TARGET, BWD_TARGET, PAGED_TARGET
+TARGETS = FWD_TARGET, BWD_TARGET, PAGED_TARGET, SERVE_TARGET
 CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
 
 

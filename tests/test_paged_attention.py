@@ -31,45 +31,12 @@ def test_page_sizes(page_size, layout):
     pages.check(q, k, v, lengths, cache)
 
 
-def _options(choose, T, N, rng):
-    maybe = lambda f: f() if choose([False, True]) else None
-    is_causal = choose([True, True, False])
-    window = choose([None, (20, 0), (9, 3), (None, 5), 70])
-    options = {
-        "is_causal": is_causal,
-        "local_window_size": window,
-        "sink_tokens": choose([0, 3, 70]) if is_causal or window else 0,
-        "logits_soft_cap": maybe(lambda: 5.0),
-        "alibi_slopes": maybe(lambda: rng.uniform(-0.02, 0.5, N).astype(np.float32)),
-        "sinks": maybe(lambda: rng.normal(size=N).astype(np.float32)),
-        "scale": maybe(lambda: -0.3),
-        "query_offset": choose(["end", "end", 0, 11, rng.integers(-9, 90, 3).astype(np.int32)]),
-    }
-    return {name: x for name, x in options.items() if x is not None}
-
-
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: d.__name__)
 @settings(max_examples=15)
 @given(data=st.data())
 def test_any_combination(dtype, data):
     choose = lambda choices: data.draw(st.sampled_from(choices))
-    heads, T = choose(HEADS), choose([1, 1, 7, 70])
-    seed = choose(range(1000))
-    rng = np.random.default_rng(seed)
-    q, k, v = inputs(T=T, heads=heads, dtype=dtype, seed=seed)
-    lengths = [choose([0, 1, 8, 33, 64, 89, 90]) for _ in range(3)]
-    cache = pages.make_cache(
-        k, v, lengths, page_size=choose([8, 32]), layout=choose(LAYOUTS), seed=seed
-    )
-    options = _options(choose, T, heads[0], rng)
-    form = choose(["whole", "padded", "packed"])
-    if form == "padded":
-        options["query_seq_lengths"] = np.array([choose([0, 1, T, T + 3]) for _ in range(3)])
-    if form == "packed":
-        q_lengths = [choose([0, 1, 1, T // 2, T]) for _ in range(3)]
-        q = q.reshape(-1, *q.shape[2:])  # 3 T tokens, with a tail
-        options["cu_seqlens_q"] = pages.boundaries(q_lengths)
-    pages.check(q, k, v, lengths, cache, **options)
+    pages.check_any(choose, choose(HEADS), [1, 1, 7, 70], 90, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -132,10 +132,24 @@ def test_lowers_for_every_platform():
     assert "jfa_paged_v1" in trace().lower(lowering_platforms=("cpu",)).as_text()
     with pytest.raises(UnsupportedError, match=r"implementation='cpu' has no kernel for .* tpu"):
         trace(implementation="cpu").lower(lowering_platforms=("tpu",))
-    # Until there are CUDA kernels for pages.
-    assert "custom_call" not in trace().lower(lowering_platforms=("cuda",)).as_text()
-    with pytest.raises(UnsupportedError, match=r"implementation='cuda' has no kernel for paged"):
-        trace(implementation="cuda").lower(lowering_platforms=("cuda",))
+    with pytest.raises(UnsupportedError, match=r"CUDA kernels take float16 and bfloat16"):
+        trace().lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_cuda_call_has_the_memory_of_its_operands(layout):
+    """Axes move, bytes don't: only the table and small arrays are made anew."""
+    q, cache = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs(layout=layout))
+    cache = dataclasses.replace(
+        cache, page_table=jnp.zeros((2, 5), jnp.int32), lengths=jnp.zeros(2, jnp.int32)
+    )
+    lowered = jax.jit(paged_attention).trace(q, cache).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("jfa_serve_v1") == 1
+    call = next(line for line in text.splitlines() if "jfa_serve_v1" in line)
+    pages = "[3, 0, 2, 1]" if layout == "NHD" else "[3, 2, 0, 1]"
+    assert call.count(f"dense<{pages}>") >= 2
+    assert f"heads_first = {str(layout == 'HND').lower()}" in call
 
 
 # Eight devices: 4 for sequences, 2 for heads.
