@@ -57,7 +57,7 @@ def _register() -> None:
     jax.ffi.register_ffi_type("jfa_cuda_state_v2", _native.cuda_state_type(), platform="CUDA")
     for name, stages in _native.cuda_handlers().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
-    # Not PAGED_TARGET: pages belong to no batch element, and the CPU's call has no other axis first.
+    # Not PAGED_TARGET: pages belong to no batch element, and no other axis leads on the CPU.
     for name in (FWD_TARGET, BWD_TARGET, SERVE_TARGET):
         jax.ffi.register_ffi_target_as_batch_partitionable(name)
     _native.set_nvrtc_search_paths(_nvrtc_directories())

@@ -121,12 +121,14 @@ def test_families(family, run_python):
 def test_numbers_out_of_range_are_clamped():
     q, k, v = oracle.make_inputs(6, 3, 1, 64, 4, 2, 64, 64, jnp.bfloat16)[:3]
     cache = pages.make_cache(k, v, [64] * 3, page_size=8, max_pages=8)
-    pool = [jnp.nan_to_num(x) for x in (cache.k_pages, cache.v_pages)]
+    k_pages, v_pages = (jnp.nan_to_num(x) for x in (cache.k_pages, cache.v_pages))
     wild = np.array([[-1, 10**9] * 4, [2**31 - 1, -(2**31)] * 4, [0, 1, 2, 3, 4, 5, 6, 27]])
     table, lengths = jnp.asarray(wild, jnp.int32), jnp.array([2**31 - 1, 64, -5], jnp.int32)
     tame = jnp.clip(table, 0, cache.num_pages - 1), jnp.clip(lengths, 0, 64)
     call = jax.jit(
-        lambda *of: paged_attention(jnp.asarray(q), PagedKVCache(*pool, *of), return_lse=True)
+        lambda table, lengths: paged_attention(
+            jnp.asarray(q), PagedKVCache(k_pages, v_pages, table, lengths), return_lse=True
+        )
     )
     for x, y in zip(call(table, lengths), call(*tame), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
@@ -145,7 +147,15 @@ def test_generation_in_a_scan():
     """Append and attend, step by step in one program, as one causal call over all tokens."""
     B, T, N, K, H = 3, 40, 8, 2, 64
     q, k, v = (jnp.asarray(x) for x in oracle.make_inputs(8, B, T, T, N, K, H, H, jnp.bfloat16)[:3])
-    cache = PagedKVCache.create(B, 5, 16, 8, K, H, dtype=jnp.bfloat16)
+    cache = PagedKVCache.create(
+        batch=B,
+        max_pages=5,
+        num_pages=16,
+        page_size=8,
+        num_kv_heads=K,
+        head_dim=H,
+        dtype=jnp.bfloat16,
+    )
     table = np.random.default_rng(0).permutation(15).reshape(B, 5)
     cache = PagedKVCache(cache.k_pages, cache.v_pages, jnp.asarray(table, jnp.int32), cache.lengths)
 

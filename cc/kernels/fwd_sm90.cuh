@@ -8,7 +8,8 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V. Each other warpgroup consumes: it owns 64 rows of the tile.
+//             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
+//             warpgroup consumes: it owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
@@ -139,11 +140,11 @@ struct FwdSm90 {
       head = tile.kv_head;
       if constexpr (C::kPaged) {
         const PagesArg& pages = params.fwd.pages;
-        const int key = key0 + ReadLaneIndex() * params.box_rows;
+        const int key = key0 + ReadLaneIndex() * params.box_rows,
+                  left = tile.sequence.kv_len - key0;
         // What lies beyond the keys isn't looked at.
-        num_boxes = Min(C::kBlockN / params.box_rows,
-                        CeilDiv(tile.sequence.kv_len - key0, params.box_rows));
-        const bool valid = key < tile.sequence.kv_len;
+        num_boxes = Min(C::kBlockN, left + params.box_rows - 1) / params.box_rows;
+        const bool valid = block >= 0 && key < tile.sequence.kv_len;
         batch = valid ? PageOf(pages, tile.sequence.table_row, key) : 0;
         row = key & ((1 << pages.page_log2) - 1);
       } else {
@@ -190,9 +191,10 @@ struct FwdSm90 {
     RingQ q;
     Ring k, v;
     // Values are needed one block later than keys, so their copies are ordered one block later.
+    // Over pages another warp does it: each box takes an order.
     KeyPlace values;
     const auto load_values = [&] {
-      if (values.row < 0) return;
+      if (C::kPaged || values.row < 0) return;
       LoadKeys<kPanelsV>(params, &params.v, smem + kSmemV + v.stage * kBytesV,
                          Address(smem, kFullV, v.stage), Address(smem, kEmptyV, v.stage), v.parity,
                          values, leader);
@@ -211,9 +213,9 @@ struct FwdSm90 {
       Keys keys = slot->keys;
       int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
-      for (; block >= 0; block = keys.Next(block)) {
-        KeyPlace place;
-        place.Set(params, slot->tile, block);
+      KeyPlace place;
+      place.Set(params, slot->tile, block);
+      while (block >= 0) {
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
         LoadKeys<kPanels>(params, &params.k, smem + kSmemK + k.stage * kBytesK,
@@ -233,6 +235,9 @@ struct FwdSm90 {
         }
         load_values();
         values = place;
+        // Pages are looked up a block ahead.
+        block = keys.Next(block);
+        place.Set(params, slot->tile, block);
       }
     }
     load_values();
@@ -240,6 +245,30 @@ struct FwdSm90 {
       MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Slot(smem_pointer, t.stage)->tile.row0 = -1;
       MbarrierArrive(Address(smem, kFullTile, t.stage));
+    }
+  }
+
+  // The second warp of a paged call's producers: all values.
+  static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    TileWalk walk(params);
+    Tile tile;
+    Ring v;
+    while (walk.Next(&tile)) {
+      const Mask mask(params.fwd.problem, tile.sequence);
+      const typename Tiles::Ids ids(params.fwd.problem, tile.batch, tile.kv_head);
+      Keys keys = Tiles::KeysOf(tile, mask, ids);
+      int block = keys.First();
+      KeyPlace place;
+      place.Set(params, tile, block);
+      while (block >= 0) {
+        LoadKeys<kPanelsV>(params, &params.v, smem + kSmemV + v.stage * kBytesV,
+                           Address(smem, kFullV, v.stage), Address(smem, kEmptyV, v.stage),
+                           v.parity, place, ReadLaneIndex() == 0);
+        v.Advance();
+        block = keys.Next(block);
+        place.Set(params, tile, block);
+      }
     }
   }
 
@@ -568,7 +597,11 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) Produce(params, smem_pointer);
+      if (threadIdx.x < kWarpSize) {
+        Produce(params, smem_pointer);
+      } else if (C::kPaged && threadIdx.x < 2 * kWarpSize) {
+        ProduceValues(params, smem_pointer);
+      }
     } else {
       ClaimRegisters<kConsumerRegisters>();
       Consume(params, smem_pointer, group - 1);
