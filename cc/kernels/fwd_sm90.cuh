@@ -27,6 +27,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
+#include "copies_sm90.cuh"
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
 #include "results_sm90.cuh"
@@ -119,67 +120,8 @@ struct FwdSm90 {
 
   // --- producer: one warp, of which one lane gives the orders ---------------------------------
 
-  template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
-                              int head, int batch, uint64 policy) {
-    MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
-#pragma unroll
-    for (int panel = 0; panel < kPanelCount; ++panel) {
-      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
-              policy);
-    }
-  }
-
-  // Where a block of keys is: of a paged call each lane knows the rows of one box.
-  struct KeyPlace {
-    int row = -1, head, batch;  // row -1: nowhere
-    int num_boxes;
-
-    JFA_DEVICE void Set(const FwdSm90Params& params, const Tile& tile, int block) {
-      const int key0 = block * C::kBlockN;
-      head = tile.kv_head;
-      if constexpr (C::kPaged) {
-        const PagesArg& pages = params.fwd.pages;
-        const int key = key0 + ReadLaneIndex() * params.box_rows,
-                  left = tile.sequence.kv_len - key0;
-        // What lies beyond the keys isn't looked at.
-        num_boxes = Min(C::kBlockN, left + params.box_rows - 1) / params.box_rows;
-        const bool valid = block >= 0 && key < tile.sequence.kv_len;
-        batch = valid ? PageOf(pages, tile.sequence.table_row, key) : 0;
-        row = key & ((1 << pages.page_log2) - 1);
-      } else {
-        row = tile.sequence.kv_begin + key0;
-        batch = tile.batch;
-      }
-    }
-  };
-
-  // A block of K or V, when its buffer is empty.
-  template <int kPanelCount>
-  static JFA_DEVICE void LoadKeys(const FwdSm90Params& params, const TensorMap* map, uint32 target,
-                                  uint32 full, uint32 empty, uint32 parity, const KeyPlace& place,
-                                  bool leader) {
-    if constexpr (C::kPaged) {
-      const int lane = ReadLaneIndex();
-      MbarrierWait(empty, parity ^ 1);
-      if (leader) {
-        MbarrierArriveExpect(full, place.num_boxes * params.box_rows * kRowBytes * kPanelCount);
-      }
-      __syncwarp();
-      if (lane < place.num_boxes) {
-#pragma unroll
-        for (int panel = 0; panel < kPanelCount; ++panel) {
-          TmaLoad(target + panel * kPanelBytesN + lane * params.box_rows * kRowBytes, map, full,
-                  panel * kPanelColumns, place.row, place.head, place.batch, kL2EvictLast);
-        }
-      }
-      __syncwarp();
-    } else if (leader) {
-      MbarrierWait(empty, parity ^ 1);
-      Load<kPanelCount, kPanelBytesN>(map, target, full, place.row, place.head, place.batch,
-                                      kL2EvictLast);
-    }
-  }
+  using Copies = CopiesSm90<C>;
+  using KeyPlace = typename Copies::KeyPlace;
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
@@ -195,9 +137,9 @@ struct FwdSm90 {
     KeyPlace values;
     const auto load_values = [&] {
       if (C::kPaged || values.row < 0) return;
-      LoadKeys<kPanelsV>(params, &params.v, smem + kSmemV + v.stage * kBytesV,
-                         Address(smem, kFullV, v.stage), Address(smem, kEmptyV, v.stage), v.parity,
-                         values, leader);
+      Copies::template LoadKeys<kPanelsV>(
+          params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+          Address(smem, kEmptyV, v.stage), v.parity, values, leader);
       v.Advance();
       values.row = -1;
     };
@@ -218,17 +160,17 @@ struct FwdSm90 {
       while (block >= 0) {
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
-        LoadKeys<kPanels>(params, &params.k, smem + kSmemK + k.stage * kBytesK,
-                          Address(smem, kFullK, k.stage), Address(smem, kEmptyK, k.stage), k.parity,
-                          place, leader);
+        Copies::template LoadKeys<kPanels>(
+            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
+            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
         k.Advance();
         if (is_first) {
           if (leader) {
             MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
-                                        Address(smem, kFullQ, q.stage),
-                                        slot->tile.sequence.q_begin + slot->tile.row0,
-                                        slot->tile.head, slot->tile.batch, kL2EvictFirst);
+            Copies::template Load<kPanels, kPanelBytesM>(
+                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
+                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
+                kL2EvictFirst);
           }
           q.Advance();
           is_first = false;
@@ -262,9 +204,9 @@ struct FwdSm90 {
       KeyPlace place;
       place.Set(params, tile, block);
       while (block >= 0) {
-        LoadKeys<kPanelsV>(params, &params.v, smem + kSmemV + v.stage * kBytesV,
-                           Address(smem, kFullV, v.stage), Address(smem, kEmptyV, v.stage),
-                           v.parity, place, ReadLaneIndex() == 0);
+        Copies::template LoadKeys<kPanelsV>(
+            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+            Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
         v.Advance();
         block = keys.Next(block);
         place.Set(params, tile, block);
