@@ -53,7 +53,7 @@ def _scratch(
     """Floats per (batch, key head), such that a shard has enough for all its CTAs."""
     cells = batch * num_kv_heads
     if not isinstance(cells, int):  # exported with a symbolic batch: not to be split, and not small
-        cells, batch = 1, 1
+        cells = 1
     local = max(1, cells // shards)
     floats = _native.cuda_decode_scratch_floats(1, local, group, q_len, kv_len, dim)
     return -(-floats // local)
