@@ -74,8 +74,7 @@ struct Decode {
     return Full(smem, stage) + 8 * C::kStages;
   }
 
-  // --- producers
-  // ----------------------------------------------------------------------------------
+  // --- producers -------------------------------------------------------------------------------
 
   // 32 entries of a row of the page table, one per lane, and the next 32, on their way.
   struct PageWindow {
@@ -207,8 +206,7 @@ struct Decode {
     }
   }
 
-  // --- consumers
-  // ----------------------------------------------------------------------------------
+  // --- consumers -------------------------------------------------------------------------------
 
   // The rows of one tile: row r of the tile is query token r / group of query head r % group.
   struct Rows {
