@@ -36,33 +36,26 @@ struct DecodeCombine {
     const auto which = [](int part) {
       return part == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
     };
-    const auto stat = [&](int part) { return scratch.RowsOf(cta_of(part), which(part))[row]; };
-    float2 total = make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f);
-    for (int part = lane; part < num_parts; part += kWarpSize) {
-      total.x = fmaxf(total.x, stat(part).x);
-    }
-    total.x = WarpMax(total.x);
-    for (int part = lane; part < num_parts; part += kWarpSize) {
-      const float2 s = stat(part);
-      total.y = fmaf(Exp2(s.x - total.x), s.y, total.y);
-    }
-    total.y = WarpSum(total.y);
-
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
     const int token = (first_row + row) / problem.group;
     const int head = kv_head * problem.group + (first_row + row) % problem.group;
     for (int column = lane * 4; column < problem.head_dim_v; column += 4 * kWarpSize) {
       float4 sum = make_float4(0, 0, 0, 0);
+      float2 total = make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f);  // reference, sum
+      // In one pass, as by an online softmax: all of several parts is asked for at once.
 #pragma unroll 8
       for (int part = 0; part < num_parts; ++part) {
-        const float weight = Exp2(stat(part).x - total.x);
+        const float2 stat = scratch.RowsOf(cta_of(part), which(part))[row];
         const float4 x =
             *reinterpret_cast<const float4*>(scratch.OutOf(cta_of(part), which(part)) +
                                              static_cast<int64>(row) * problem.head_dim_v + column);
-        sum.x = fmaf(weight, x.x, sum.x);
-        sum.y = fmaf(weight, x.y, sum.y);
-        sum.z = fmaf(weight, x.z, sum.z);
-        sum.w = fmaf(weight, x.w, sum.w);
+        const float reference = fmaxf(total.x, stat.x);
+        const float old = Exp2(total.x - reference), weight = Exp2(stat.x - reference);
+        sum.x = fmaf(weight, x.x, sum.x * old);
+        sum.y = fmaf(weight, x.y, sum.y * old);
+        sum.z = fmaf(weight, x.z, sum.z * old);
+        sum.w = fmaf(weight, x.w, sum.w * old);
+        total = make_float2(reference, fmaf(weight, stat.y, total.y * old));
       }
       StoreResult<C::kBf16>(params.fwd, sequence, tile.batch, head, token, column, sum, total);
     }

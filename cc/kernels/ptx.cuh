@@ -195,13 +195,6 @@ JFA_DEVICE int WarpMax(int x) {
   asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
   return y;
 }
-JFA_DEVICE float WarpMax(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, distance));
-  }
-  return x;
-}
 JFA_DEVICE float WarpSum(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
