@@ -165,7 +165,7 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   const bool tma = arch == 90 && variant.family != Family::kSm80;
   const DecodeTile tile =
       PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant, tma, info.smem_kb);
-  const int warps = 4 + (tma ? 1 : 4);
+  const int warps = (tile.rows <= 64 ? 4 : 8) + (tma ? 1 : 4);
   Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
   AddInt(&fields, "kRows", tile.rows);
@@ -422,7 +422,7 @@ int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multipr
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
   // The tile differs between architectures, its rows and blocks only by little: the larger ones.
-  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 64);
+  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 128);
   const int64_t tiles = problem.batch * problem.num_kv_heads *
                         CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
   const int64_t ctas =

@@ -152,23 +152,32 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
 
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
                           bool tma, int smem_kb) {
-  constexpr int kMostStages = 12, kLeastStages = 3, kWarps = 4;
+  constexpr int kMostStages = 16, kLeastStages = 3;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
   const int most_panels = std::max(panels, panels_v);
-  const bool needs_registers = most_panels == 2 && rows > 16 && (variant.softcap || variant.alibi);
-  const int min_blocks = tma && most_panels <= 2 && !needs_registers ? 2 : 1;
+  const bool narrow = tma && most_panels <= 2;
+  const bool is_plain = !variant.softcap && !variant.alibi;
+  // 128 rows are one tile of eight warps, where these have the registers, or both halves would read
+  // all keys.
+  const int most_rows = narrow && is_plain ? 128 : 64;
+  int tile_rows = 16;
+  while (tile_rows < std::min<int64_t>(rows, most_rows)) tile_rows *= 2;
+  const bool needs_registers = tile_rows > 16 && (variant.softcap || variant.alibi);
+  const int min_blocks =
+      narrow && tile_rows <= 64 && (most_panels == 1 || !needs_registers) ? 2 : 1;
   // Each CTA pays 1 KB more to the system.
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
-  for (int tile_rows = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;; tile_rows *= 2) {
+  for (;; tile_rows *= 2) {
+    const int warps = tile_rows <= 64 ? 4 : 8;
     // Q, the buffer through which outputs are merged, and the rows' sums.
-    const int fixed = 128 * panels * tile_rows + 4 * 16 * kWarps * 72 + 8 * 16 * kWarps;
-    const int least_block = 16 * kWarps / (tile_rows / 16);
+    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps;
+    const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
-    const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows == 64 ? 2 : 1);
+    const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
       const int stage = 128 * most_panels * block_n + 16;  // and its barriers
       const int stages = std::min(kMostStages, (room - fixed) / stage);
-      if (stages >= kLeastStages || tile_rows == 64) {
+      if (stages >= kLeastStages || tile_rows >= 64) {
         return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks};
       }
     }

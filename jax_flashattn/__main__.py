@@ -17,7 +17,7 @@ FORWARD_FEATURES = ("paged",)
 FEATURES = ("softcap", "alibi", "segments", "packed", *FORWARD_FEATURES, *BACKWARD_FEATURES)
 # Of decoding, whose kernel takes dense and paged keys, but neither segments nor packed queries.
 DECODE_FEATURES = ("softcap", "alibi")
-DECODE_ROWS = (16, 32, 64)  # of a tile: queries of one key head, rounded up
+DECODE_ROWS = (16, 32, 64, 128)  # of a tile: queries of one key head, rounded up
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -7,8 +7,10 @@
 //   kRows    |  Q (shared)    |   x K^T  =   |16 keys|16 keys|16 keys|16 keys|  next block ...
 //            +----------------+
 //
-// Roles       Four warps consume, with mma.sync: kRows / 16 of them side by side share out the
-//             queries, the others the keys of a block, each with an online softmax of its own. The
+// Roles       Four warps consume (eight for 128 rows), with mma.sync: kRows / 16 of them side by
+// side
+//             share out the queries, the others the keys of a block, each with an online softmax of
+//             its own. The
 //             rest produce: they keep a ring of kStages buffers full, a block of K, then one of V,
 //             across tiles. With
 //             kTma it is one warp that orders copies by the tensor copy engine, else four that use
@@ -33,7 +35,8 @@ namespace jfa {
 template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  static constexpr int kConsumerWarps = 4, kConsumers = kConsumerWarps * kWarpSize;
+  static constexpr int kConsumerWarps = C::kRows <= 64 ? 4 : 8;
+  static constexpr int kConsumers = kConsumerWarps * kWarpSize;
   static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
   static constexpr int kProducerWarps = C::kTma ? 1 : 4;
   static constexpr int kKeyBlocks = C::kBlockN / 16 / kKeyWarps;  // of a warp, 16 keys each
@@ -55,8 +58,8 @@ struct Decode {
   static constexpr int kSmemBytes = kSmemBarriers + 16 * C::kStages;
   enum NamedBarrier { kConsumersDone = 1 };
 
-  static_assert(C::kRows == 16 || C::kRows == 32 || C::kRows == 64,
-                "four warps share out the rows");
+  static_assert(C::kRows == 16 * kRowWarps && kConsumerWarps == kRowWarps * kKeyWarps,
+                "the warps share out the rows");
   static_assert(kKeyBlocks >= 1 && C::kBlockN % (16 * kKeyWarps) == 0,
                 "each warp has whole blocks");
   static_assert(C::kWarps == kConsumerWarps + kProducerWarps, "consumers come first");
