@@ -45,6 +45,10 @@ ElementType ToElementType(ffi::DataType dtype) {
       return ElementType::kF32;
     case ffi::S32:
       return ElementType::kS32;
+    case ffi::F8E4M3FN:
+      return ElementType::kE4m3;
+    case ffi::F8E5M2:
+      return ElementType::kE5m2;
     default:
       return ElementType::kOther;
   }
@@ -183,13 +187,15 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   FwdSm90Params params{};
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
+  const int bytes = kernel.input_bytes;
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q}, call.q, &params.q));
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, bytes}, call.q,
+      &params.q));
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.k, {p.head_dim, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv}, call.q,
+      fwd.k, {p.head_dim, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv, bytes}, call.q,
       &params.k));
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.v, {p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv}, call.q,
+      fwd.v, {p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv, bytes}, call.q,
       &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
@@ -296,9 +302,9 @@ struct Handlers {
 };
 
 using Fwd = Handlers<Op::kFwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
-                     bool, int64_t, int64_t, int64_t>;
+                     bool, int64_t, int64_t, int64_t, int64_t>;
 using Bwd = Handlers<Op::kBwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
-                     bool, int64_t, int64_t, int64_t, bool, bool, bool>;
+                     bool, int64_t, int64_t, int64_t, int64_t, bool, bool, bool>;
 
 // A binding is moved from by each call that extends it, and can't be moved otherwise.
 template <typename Binding>
@@ -313,6 +319,7 @@ auto BindFwdAttributes(Binding&& binding) {
       .template Attr<int64_t>("sink_tokens")
       .template Attr<int64_t>("aux")
       .template Attr<bool>("is_bf16")
+      .template Attr<int64_t>("fp8")
       .template Attr<int64_t>("head_dim")
       .template Attr<int64_t>("head_dim_v")
       .template Attr<int64_t>("arch");

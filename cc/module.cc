@@ -82,7 +82,10 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
   const std::pair<const char*, bool*> flags[] = {
       {"softcap", &variant.softcap},   {"alibi", &variant.alibi},
       {"segments", &variant.segments}, {"packed", &variant.packed},
-      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic}};
+      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic},
+      {"fp8", &variant.fp8},           {"two_level", &variant.two_level},
+      {"e5m2_q", &variant.e5m2_q},     {"e5m2_k", &variant.e5m2_k},
+      {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {
     const auto flag = std::find_if(std::begin(flags), std::end(flags),
                                    [&](const auto& known) { return feature == known.first; });

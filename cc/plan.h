@@ -13,7 +13,7 @@
 namespace jfa {
 
 enum class Op { kFwd, kBwd };
-enum class DType { kF16, kBF16 };
+enum class DType { kF16, kBF16 };  // of the output, and of inputs that aren't of 8 bits
 // What the mask does to the code. Causal is the one-sided case that needs no left bound.
 enum class Mask { kFull, kCausal, kLocal };
 
@@ -35,6 +35,10 @@ struct Variant {
   bool packed;         // cu_seqlens
   bool deterministic;  // backward only: bitwise repeatable dQ
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
+  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; forward only.
+  bool fp8 = false;
+  bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
+  bool two_level = false;  // products with V are added in f32, block by block
   Family family = Family::kAny;
 };
 
@@ -51,6 +55,7 @@ struct KernelSpec {
   // Rows of the boxes of its tensor maps, which its parameters begin with; 0: it takes none.
   int box_rows_q = 0;
   int box_rows_kv = 0;
+  int input_bytes = 2;  // of an element of q, k and v
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess).

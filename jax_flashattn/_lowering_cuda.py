@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from jax_flashattn import _native
+from jax_flashattn import _fp8, _native
 from jax_flashattn._calls import Primitive, attributes
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import (
@@ -36,9 +36,9 @@ for _p in (_fwd_p, _bwd_p):
 
 
 def variant(
-    spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False
+    spec: AttentionSpec, op: str, q: Any, k: Any, v: Any, *, has_dslopes: bool = False
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count."""
+    """What of a call changes code, as `_native` takes it; of arrays only dtype and shape count."""
     features = {
         "softcap": spec.soft_cap is not None,
         "alibi": "alibi_slopes" in spec.aux,
@@ -46,15 +46,29 @@ def variant(
         "packed": "cu_seqlens_q" in spec.aux,
         "deterministic": op == "bwd" and spec.deterministic,
         "dslopes": has_dslopes,
+        "fp8": _fp8.is_fp8(q),
+        "e5m2_q": q.dtype == jnp.float8_e5m2,
+        "e5m2_k": k.dtype == jnp.float8_e5m2,
+        "e5m2_v": v.dtype == jnp.float8_e5m2,
+        "two_level": spec.two_level,
     }
     return {
         "op": op,
-        "dtype": str(q.dtype),
+        "dtype": spec.out_dtype or str(q.dtype),
         "head_dim": q.shape[-1],
         "head_dim_v": v.shape[-1],
         "mask": spec.mask_kind,
         "features": [name for name, given in features.items() if given],
     }
+
+
+def _local_archs() -> set[int]:
+    """Architectures of this machine's GPUs; none on a machine that compiles for another."""
+    try:
+        names = {device["arch"] for device in _native.cuda_devices()["devices"]}
+    except RuntimeError:
+        return set()
+    return {int(name.removeprefix("sm_").rstrip("af")) for name in names}
 
 
 def _require_cached(variant: dict[str, Any]) -> None:
@@ -64,24 +78,27 @@ def _require_cached(variant: dict[str, Any]) -> None:
     """
     if os.environ.get("JFA_DISABLE_JIT", "0") in ("", "0"):
         return
-    try:
-        names = {device["arch"] for device in _native.cuda_devices()["devices"]}
-    except RuntimeError:
-        return  # for another machine
-    for name in names:
+    for arch in _local_archs():
         try:
-            _native.cuda_warm(**variant, arch=int(name.removeprefix("sm_").rstrip("af")))
+            _native.cuda_warm(**variant, arch=arch)
         except RuntimeError as error:
             if "KernelNotCachedError" not in str(error):
                 raise
             raise KernelNotCachedError(str(error).removeprefix("KernelNotCachedError: ")) from None
 
 
+def _require_architecture(variant: dict[str, Any]) -> None:
+    """Raises UnsupportedError if no GPU of this machine runs the variant; XLA would say it later."""
+    errors = [_native.cuda_explain(**variant, arch=arch)["error"] for arch in _local_archs()]
+    if errors and all(errors):
+        raise UnsupportedError(errors[0])
+
+
 def check_supported(q: Any, v: Any) -> None:
     """Raises UnsupportedError for dtypes and head dims that the kernels don't take."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) and not _fp8.is_fp8(q):
         raise UnsupportedError(
-            f"the CUDA kernels take float16 and bfloat16, got {q.dtype}; implementation='xla' is "
+            f"the CUDA kernels take float16, bfloat16 and (on Hopper) float8, got {q.dtype}; implementation='xla' is "
             "dense and takes it"
         )
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
@@ -127,6 +144,9 @@ def _aux_operands(
         if name in PER_HEAD_AUX:
             operands.append(x.reshape(B, num_kv_heads, -1))
             continue
+        if name in _fp8.AUX:
+            operands.append(x)
+            continue
         per_kv_head = [x, _segment_ranges(x)] if "segment_ids" in name else [x]
         operands += [
             jnp.broadcast_to(y[:, None], (B, num_kv_heads, *y.shape[1:])) for y in per_kv_head
@@ -139,7 +159,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`fwd_p` by the CUDA kernels."""
     check_supported(q, v)
-    _require_cached(variant(spec, "fwd", q, v))
+    wanted = variant(spec, "fwd", q, k, v)
+    if _fp8.is_fp8(q):
+        _require_architecture(wanted)
+    _require_cached(wanted)
     B, T, N, _ = q.shape
     K = k.shape[2]
     operands = _split_heads(q, K), _keys_first(k), _keys_first(v), *_aux_operands(spec, aux, K)
@@ -153,7 +176,7 @@ def backward(
     """`bwd_p` by the CUDA kernels."""
     q, k, v, out, lse, dout, *rest = operands
     check_supported(q, v)
-    _require_cached(variant(spec, "bwd", q, v, has_dslopes=has_dslopes))
+    _require_cached(variant(spec, "bwd", q, k, v, has_dslopes=has_dslopes))
     B, T, N, _ = q.shape
     K = k.shape[2]
     rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
@@ -184,7 +207,7 @@ def _num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     B, K, G, T, _ = q.shape
     return [
-        result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), q.dtype),
+        result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), spec.out_dtype or q.dtype),
         result_aval(q, (B, K, G, T), (0, 1, 2, 3), jnp.float32),
     ]
 
@@ -200,7 +223,7 @@ def _(
         partials = _native.cuda_slope_partials(k.shape[2], num_sequences)
         results.append(result_aval(q, (B, K, G, partials), (0, 1, 2, None), jnp.float32))
     floats = _native.cuda_scratch_floats(
-        **variant(spec, "bwd", q, v), group=G, q_len=T, num_sequences=num_sequences
+        **variant(spec, "bwd", q, k, v), group=G, q_len=T, num_sequences=num_sequences
     )
     scratch = result_aval(q, (B, K, max(1, floats)), (0, 1, None), jnp.float32)
     return [*results, scratch]
@@ -219,6 +242,8 @@ _AUX_AXES: dict[str, tuple[str, ...]] = {
     "sinks": ("bkg",),
     "cu_seqlens_q": ("bky",),
     "cu_seqlens_kv": ("bky",),
+    "qk_scale": ("bk",),
+    "v_scale": ("bk",),
 }
 
 
@@ -230,6 +255,12 @@ def _layout(axes: str) -> tuple[int, ...]:
     if len(axes) == 5:
         return _Q_LAYOUT
     return _K_LAYOUT if axes in ("bksh", "bksd") else _row_major(axes)
+
+
+def _fp8_attribute(spec: AttentionSpec, *inputs: Any) -> np.int64:
+    """Bits of Fp8Bit in call.h: of 8 bits at all, e5m2 for each of q, k, v, two-level sums."""
+    flags = [_fp8.is_fp8(inputs[0]), *(x.dtype == jnp.float8_e5m2 for x in inputs), spec.two_level]
+    return np.int64(sum(int(flag) << bit for bit, flag in enumerate(flags)))
 
 
 def _lower(
@@ -253,7 +284,7 @@ def _lower(
         for letters, aval in zip([*axes, *results], avals, strict=True)
         for letter, size in zip(letters, aval.shape, strict=True)
     }
-    q, _, v = ctx.avals_in[:3]
+    q, k, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         target,
         operand_layouts=[_layout(x) for x in axes],
@@ -266,7 +297,8 @@ def _lower(
         **attributes(spec),
         # What decides the kernels is said here too, because they are compiled before a runtime need
         # show any operand. arch 0 is the device at hand, whose context is current then.
-        is_bf16=np.bool_(q.dtype == jnp.bfloat16),
+        is_bf16=np.bool_(jnp.dtype(spec.out_dtype or q.dtype) == jnp.bfloat16),
+        fp8=_fp8_attribute(spec, q, k, v),
         head_dim=np.int64(q.shape[-1]),
         head_dim_v=np.int64(v.shape[-1]),
         arch=np.int64(0),

@@ -38,7 +38,7 @@ for _p in (fwd_p, tangent_p, bwd_p):
 def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     d = Dims.of(q, k, v)
     return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
+        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), spec.out_dtype or q.dtype),
         result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
     ]
 

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 MAX_HEAD_DIM = 512
 
 MAX_LENGTH = 2**30  # the kernels add positions in int32
@@ -31,6 +32,8 @@ AUX_NAMES = (
     "sinks",  # float32 [B, N]
     "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
     "cu_seqlens_kv",  # int32 [B, n + 1]
+    "qk_scale",  # float32 [B, K]: factor of the scores of float8 inputs
+    "v_scale",  # float32 [B, K]
 )
 PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
 
@@ -58,6 +61,8 @@ class AttentionSpec:
       aux: names of the optional arrays that are given, a subsequence of `AUX_NAMES`.
       deterministic: gradients are bitwise repeatable, also where that is slower.
       implementation: the implementation that the caller named, or None for the platform's own.
+      out_dtype: name of the output's dtype, or None for q's; given for 8-bit inputs.
+      two_level: products of 8-bit weights and values are added in float32, block by block.
     """
 
     scale: float
@@ -70,6 +75,8 @@ class AttentionSpec:
     aux: tuple[str, ...] = ()
     deterministic: bool = False
     implementation: str | None = None
+    out_dtype: str | None = None
+    two_level: bool = False
 
     @property
     def mask_kind(self) -> str:
@@ -78,9 +85,9 @@ class AttentionSpec:
             return "local"
         return "causal" if self.is_causal else "full"
 
-    def without_aux(self, name: str) -> "AttentionSpec":
-        """The same call without one of the optional arrays."""
-        return dataclasses.replace(self, aux=tuple(x for x in self.aux if x != name))
+    def without_aux(self, *names: str) -> "AttentionSpec":
+        """The same call without some of the optional arrays."""
+        return dataclasses.replace(self, aux=tuple(x for x in self.aux if x not in names))
 
 
 class Dims(NamedTuple):
@@ -106,7 +113,7 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
 
     `dense` is for implementation='xla', which also takes float64 and any head dim.
     """
-    dtypes = (*DTYPES, jnp.float64) if dense else DTYPES
+    dtypes = (*DTYPES, *FP8_DTYPES, *([jnp.float64] if dense else []))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
@@ -116,13 +123,16 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
                 f"got shape {tuple(x.shape)}"
             )
         if x.dtype not in dtypes:
-            raise TypeError(f"{name} must have dtype float32, bfloat16 or float16, got {x.dtype}")
+            raise TypeError(
+                f"{name} must have dtype float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, "
+                f"got {x.dtype}"
+            )
         if x.ndim != q.ndim or x.shape[:-3] != q.shape[:-3]:
             raise ValueError(
                 f"{name} must have the batch axes of q, {tuple(q.shape[:-3])}, "
                 f"got {tuple(x.shape[:-3])} (shape {tuple(x.shape)})"
             )
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not {x.dtype, q.dtype} <= set(map(jnp.dtype, FP8_DTYPES)):
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         for axis, what in ((-2, "heads"), (-1, "head dim")):
             if x.shape[axis] == 0:

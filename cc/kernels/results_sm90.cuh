@@ -37,8 +37,9 @@ struct ResultsSm90 {
   }
 
   // Returns the factors of this lane's two rows of output.
+  template <class Softmax>
   static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile,
-                                    const OnlineSoftmax<1>& softmax) {
+                                    const Softmax& softmax) {
     const ProblemParams& problem = params.fwd.problem;
     const Sequence& sequence = tile.sequence;
     float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head) + sequence.q_begin;
@@ -50,7 +51,7 @@ struct ResultsSm90 {
     float normalizer[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const OnlineSoftmax<1>::Result result = softmax.Finalize(half, sink);
+      const typename Softmax::Result result = softmax.Finalize(half, sink);
       const int row = RowScores<4, 1, 1>::RowOf(tile.row0 - kGroupRows, half);
       if (writes && row < sequence.q_rows) {
         lse[row] = row < sequence.q_len ? result.lse : -Infinity();
