@@ -11,16 +11,18 @@ struct Tile {
   int block_m, block_n;
   bool ping_pong;
   int stages_q, stages_v;
+  bool optimistic = false;  // weights_fp8.cuh
 };
 
 // As many keys as registers and shared memory allow; docs/performance.md has what was measured.
-// What features hold per row and key takes registers, and so do segments and packed sequences.
+// What features hold per row and key takes registers.
 Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
   const int size = std::max(head_dim, head_dim_v);
-  const bool plain =
-      !variant.segments && !variant.packed && !variant.softcap && !variant.alibi;
-  if (size <= 64) return plain ? Tile{192, 128, false, 2, 2} : Tile{128, 128, false, 2, 2};
-  if (size <= 128) return {128, plain ? 192 : 128, false, 2, 2};
+  const bool plain = !variant.segments && !variant.packed && !variant.softcap && !variant.alibi;
+  if (size <= 64) {
+    return {plain && !variant.two_level ? 192 : 128, 128, false, 2, 2};
+  }
+  if (size <= 128) return {128, plain ? 192 : 128, false, 2, 2, !variant.two_level};
   if (size <= 192) return {128, plain ? 96 : 64, false, 1, 2};
   return {128, plain ? 96 : 64, false, 1, 2};
 }
@@ -93,6 +95,7 @@ KernelSpec MakeFwdFp8(const Variant& variant, int head_dim, int head_dim_v, int 
   number("kStagesQ", tile.stages_q);
   number("kStagesV", tile.stages_v);
   flag("kPingPong", tile.ping_pong);
+  flag("kOptimistic", tile.optimistic);
   flag("kStageOut", stage_out);
   kernel.smem_bytes = inputs + control + (stage_out ? output : 0);
   number("kSmemBytes", kernel.smem_bytes);

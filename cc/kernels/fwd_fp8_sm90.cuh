@@ -8,8 +8,7 @@
 //             rows, and V has the head dim there.
 // Keys        P takes the registers of S as they are, which permutes keys as transpose_sm90.cuh does.
 // Dims        That also permutes V's dims; Store renames registers.
-// Weights     are scaled to 2^4 under a new reference: e4m3 ends at 448, which leaves room before
-//             the next one is due, and loses bits below 2^-6.
+// Weights     weights_fp8.cuh: of e4m3, by one of two ways (kOptimistic).
 // Precision   The tensor cores keep about 14 bits of a sum of such products. With kTwoLevel each
 //             block's P V begins at zero and is added in f32; there is no room then to run it under
 //             the softmax, which other warpgroups fill instead.
@@ -22,9 +21,9 @@
 #include "ptx_fp8_sm90.cuh"
 #include "results_sm90.cuh"
 #include "row_scores.cuh"
-#include "softmax.cuh"
 #include "tiles_sm90.cuh"
 #include "transpose_sm90.cuh"
+#include "weights_fp8.cuh"
 
 namespace jfa {
 
@@ -95,10 +94,11 @@ struct FwdFp8Sm90 {
   using RingV = RingPosition<C::kStagesV>;
   using RingTile = RingPosition<kTileSlots>;
   using Output = typename Results::Output;
-  using Scores = float[1][4 * kKeySteps][4];
-  using Weights = uint32[kKeySteps][4];
+  using Weighing = WeightsFp8<kKeySteps>;
+  using Scores = typename Weighing::Scores;
+  using Weights = typename Weighing::Array;
+  using Softmax = typename Weighing::Softmax;
   using Place = RowScores<4, 1, 2 * kKeySteps>;
-  using Softmax = OnlineSoftmax<1, 4>;
   using Transposer = TransposeSm90<C::kBlockN, C::kHeadDimV, kTransposers>;
 
   static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
@@ -273,7 +273,7 @@ struct FwdFp8Sm90 {
 
   // out += P V, the block's part summed on its own; done when it returns.
   static JFA_DEVICE void AddBlock(Output& out, const Weights& p, uint32 smem_t) {
-    constexpr int kParts = C::kHeadDimV > 128 ? C::kHeadDimV / 64 : 1;  // as registers allow
+    constexpr int kParts = C::kHeadDimV % 64 == 0 ? C::kHeadDimV / 64 : 1;  // as registers allow
     constexpr int kBlocks = C::kHeadDimV / 8 / kParts;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -302,26 +302,6 @@ struct FwdFp8Sm90 {
     }
     if constexpr (C::kSegments) {
       if (!one_segment) Place::HideOtherSegments(s, work.ids, row0, key0);
-    }
-  }
-
-  static JFA_DEVICE void Weigh(Scores& s, Softmax& softmax) {
-#pragma unroll
-    for (int n = 0; n < 4 * kKeySteps; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
-    }
-  }
-
-  static JFA_DEVICE void Pack(Weights& p, const Scores& s) {
-#pragma unroll
-    for (int step = 0; step < kKeySteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* low = &s[0][4 * step + i / 2 * 2][i % 2 * 2];
-        const float* high = &s[0][4 * step + i / 2 * 2 + 1][i % 2 * 2];
-        p[step][i] = PackE4m3(low[0], low[1], high[0], high[1]);
-      }
     }
   }
 
@@ -452,9 +432,13 @@ struct FwdFp8Sm90 {
       k.Advance();
       if (next < 0) Arrive(empty_q);
       MakeLogits(s, work, group, block, one_segment);
-      softmax.Follow(s, factor);
-      Weigh(s, softmax);
-      Pack(p, s);
+      if constexpr (C::kOptimistic) {
+        Weighing::WeighOptimistically(p, s, softmax, factor);
+      } else {
+        softmax.Follow(s, factor);
+        Weighing::Weigh(s, softmax);
+        Weighing::Pack(p, s);
+      }
       skip_hidden_values();
 
       int done;  // slot
@@ -489,6 +473,7 @@ struct FwdFp8Sm90 {
           MbarrierWait(Address(smem, kFullT, v.stage), v.parity);
           AddBlock(out, p, smem + kSmemT + v.stage * kBytesT);
           release_values();
+          Clear(s);  // frees its registers until here
         }
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         TakeTurn(group);
@@ -511,15 +496,27 @@ struct FwdFp8Sm90 {
         k.Advance();
         if (next < 0) Arrive(empty_q);
         MakeLogits(s, work, group, block, one_segment);
-        const bool rescale = softmax.Follow(s, factor);
-        Weigh(s, softmax);
-        Pin(s);  // or the compiler leaves half of the weights for after the wait
-        if constexpr (!C::kTwoLevel) {
-          WgmmaWait<0>();
-          Pin(out);
-          release_values();
+        const auto finish_product = [&] {
+          if constexpr (!C::kTwoLevel) {
+            WgmmaWait<0>();
+            Pin(out);
+            release_values();
+          }
+        };
+        bool rescale;
+        if constexpr (C::kOptimistic) {
+          Weights next_p;  // a product may still read `p`
+          rescale = Weighing::WeighOptimistically(next_p, s, softmax, factor);
+          Weighing::Pin(next_p);
+          finish_product();
+          Weighing::Copy(p, next_p);
+        } else {
+          rescale = softmax.Follow(s, factor);
+          Weighing::Weigh(s, softmax);
+          Pin(s);  // or the compiler leaves half of the weights for after the wait
+          finish_product();
+          Weighing::Pack(p, s);
         }
-        Pack(p, s);
         if (is_first) {
           if constexpr (kStoreLater) {
             unstored = done;

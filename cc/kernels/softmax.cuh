@@ -69,6 +69,12 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) factor[r] = RaiseReference(r, QuadMax(highest[r]));
     return true;
   }
+  // The same where it is known that a new reference is needed.
+  template <int kN>
+  JFA_DEVICE void Raise(const float (&s)[kM][kN][4], float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) factor[r] = RaiseReference(r, QuadMax(Highest(s, r)));
+  }
   template <int kOut>
   static JFA_DEVICE void Rescale(float (&out)[kM][kOut][4], const float (&factor)[kRows]) {
 #pragma unroll

@@ -22,7 +22,7 @@ template <int kKeys, int kDims, int kWarps>
 struct TransposeSm90 {
   static constexpr int kRowBytes = 128;
   static constexpr int kChunks = kDims / 16;                 // of 16 bytes in a row of V
-  static constexpr int kBatch = kChunks % 4 == 0 ? 4 : 6;    // chunks read at once
+  static constexpr int kBatch = kChunks % 4 == 0 ? 4 : 2;    // chunks read at once
   static constexpr int kBatches = kChunks / kBatch;          // per 32 keys
   static constexpr int kItems = kBatches * (kKeys / 32);
   static_assert(kChunks % kBatch == 0 && kKeys % 32 == 0, "whole items only");
