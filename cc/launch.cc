@@ -119,7 +119,8 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   const Cuda* cuda;
   JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
   // Any type of the width: nothing is computed on the way.
-  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kPromotion256 = 3, kZeroFill = 0;
+  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kPromotion256 = 3,
+                kZeroFill = 0;
   constexpr unsigned int kBoxBytes = 128;
   const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
   const int width = spec.element_bytes;
@@ -133,8 +134,8 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   return driver::Check(
       *cuda,
       cuda->tensor_map_encode_tiled(
-          map, width == 1 ? kUint8 : kUint16, 4, tensor.data != nullptr ? tensor.data : stand_in, dims, strides, box,
-          steps, kNoInterleave, kSwizzle128, kPromotion256, kZeroFill),
+          map, width == 1 ? kUint8 : kUint16, 4, tensor.data != nullptr ? tensor.data : stand_in,
+          dims, strides, box, steps, kNoInterleave, kSwizzle128, kPromotion256, kZeroFill),
       "cuTensorMapEncodeTiled");
 }
 

@@ -88,7 +88,7 @@ def _require_cached(variant: dict[str, Any]) -> None:
 
 
 def _require_architecture(variant: dict[str, Any]) -> None:
-    """Raises UnsupportedError if no GPU of this machine runs the variant; XLA would say it later."""
+    """Raises UnsupportedError if no GPU of this machine runs the variant: XLA says it later."""
     errors = [_native.cuda_explain(**variant, arch=arch)["error"] for arch in _local_archs()]
     if errors and all(errors):
         raise UnsupportedError(errors[0])
@@ -98,8 +98,8 @@ def check_supported(q: Any, v: Any) -> None:
     """Raises UnsupportedError for dtypes and head dims that the kernels don't take."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) and not _fp8.is_fp8(q):
         raise UnsupportedError(
-            f"the CUDA kernels take float16, bfloat16 and (on Hopper) float8, got {q.dtype}; implementation='xla' is "
-            "dense and takes it"
+            f"the CUDA kernels take float16, bfloat16 and (on Hopper) float8, got {q.dtype}; "
+            "implementation='xla' is dense and takes it"
         )
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         raise UnsupportedError(

@@ -142,8 +142,9 @@ def attention(
         least float32, its default. Tests set the inputs' dtype, for the low-precision twin.
 
     Returns:
-      `out [B, T, N, Hv]` in q's dtype (`spec.out_dtype` for float8) and the log-sum-exp `lse [B, N, T]` in at least float32. A
-      query that sees nothing has output 0 and lse -inf, or the logit of its sink.
+      `out [B, T, N, Hv]` in q's dtype (`spec.out_dtype` for float8) and the log-sum-exp
+      `lse [B, N, T]` in at least float32. A query that sees nothing has output 0 and lse -inf, or
+      the logit of its sink.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     if _fp8.is_fp8(q):

@@ -118,7 +118,9 @@ def test_options(options, error, message):
 
 
 @pytest.mark.parametrize(
-    "option", [dict(q_scale=1.0), dict(out_dtype=jnp.float16), dict(fp8_accumulation="fast")], ids=str
+    "option",
+    [dict(q_scale=1.0), dict(out_dtype=jnp.float16), dict(fp8_accumulation="fast")],
+    ids=str,
 )
 def test_options_of_other_dtypes(option):
     [name] = option

@@ -24,10 +24,11 @@ def test_lengths(T, S, is_causal, accumulation):
     oracle_fp8.check(*inputs, **options)
 
 
+HEAD_DIMS = [*((d, d) for d in (16, 80, 96, 128, 192, 240, 256)), (64, 128), (192, 128)]
+
+
 @accumulations
-@pytest.mark.parametrize(
-    ("H", "Hv"), [*((d, d) for d in (16, 80, 96, 128, 192, 240, 256)), (64, 128), (192, 128)], ids=str
-)
+@pytest.mark.parametrize(("H", "Hv"), HEAD_DIMS, ids=str)
 def test_head_dims(H, Hv, accumulation):
     inputs = oracle_fp8.make_inputs(1, 1, 150, 467, 4, 2, H, Hv)
     options = dict(is_causal=True, query_offset="end", fp8_accumulation=accumulation)
@@ -50,6 +51,7 @@ def test_padding_never_leaks(H, is_causal):
         *oracle_fp8.make_inputs(3, 8, 150, 170, 2, 1, H, 64),
         poison=poison_padding(q_lengths, kv_lengths, np.nan),
         is_causal=is_causal,
+        query_offset=0,
         query_seq_lengths=q_lengths,
         key_value_seq_lengths=kv_lengths,
     )
@@ -57,11 +59,14 @@ def test_padding_never_leaks(H, is_causal):
 
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_logits_that_rise(H):
-    """Each block of keys has larger logits than those before, so that references must follow."""
+    """Each block of keys has larger logits than those before, so that references must follow.
+
+    Up to about 40: the tensor cores sum scores to 14 bits, so larger ones are less exact.
+    """
     q, k, v = oracle_fp8.make_inputs(4, 1, 200, 900, 2, 1, H, H)
     ramp = np.linspace(4, 0.02, 900, dtype=np.float32)[None, :, None, None]
     k = (np.abs(k.astype(np.float32)) * ramp).astype(k.dtype)
-    oracle_fp8.check(np.abs(q.astype(np.float32)).astype(q.dtype), k, v, scale=1.0)
+    oracle_fp8.check(np.abs(q.astype(np.float32)).astype(q.dtype), k, v, scale=16 / H)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 300.0])

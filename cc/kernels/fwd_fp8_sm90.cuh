@@ -6,14 +6,14 @@
 // Roles       Of warpgroup 0 the first warp orders copies; the other three transpose V, block after
 //             block: products of 8-bit floats want both operands with the inner dimension along
 //             rows, and V has the head dim there.
-// Keys        P takes the registers of S as they are, which permutes keys as transpose_sm90.cuh does.
-// Dims        That also permutes V's dims; Store renames registers.
-// Weights     weights_fp8.cuh: of e4m3, by one of two ways (kOptimistic).
-// Precision   The tensor cores keep about 14 bits of a sum of such products. With kTwoLevel each
+// Keys        P takes the registers of S as they are, which permutes keys as transpose_sm90.cuh
+// does. Dims        That also permutes V's dims; Store renames registers. Weights weights_fp8.cuh:
+// of e4m3, by one of two ways (kOptimistic). Precision   The tensor cores keep about 14 bits of a
+// sum of such products. With kTwoLevel each
 //             block's P V begins at zero and is added in f32; there is no room then to run it under
 //             the softmax, which other warpgroups fill instead.
-// Shared      kStagesQ buffers of Q, kStages of K and of V^T, kStagesV of V as it comes; the output.
-// Registers   as fwd_sm90.cuh, with weights of kBlockN / 8.
+// Shared      kStagesQ buffers of Q, kStages of K and of V^T, kStagesV of V as it comes; the
+// output. Registers   as fwd_sm90.cuh, with weights of kBlockN / 8.
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 
@@ -37,9 +37,11 @@ struct FwdFp8Sm90 {
   static constexpr int kTransposers = 3;  // warps
   static constexpr int kKeySteps = C::kBlockN / 32;
   static constexpr int kDimSteps = C::kHeadDim / 32;
-  // As in fwd_sm90.cuh; transposing takes about 40.
+  // As in fwd_sm90.cuh. Transposing takes about 40, and less if it reads half as much at once:
+  // three optimistic consumers need each register.
   static constexpr bool kSearches = C::kPacked || C::kSegments;
-  static constexpr int kProducerRegisters = kSearches || kConsumers == 3 ? 56 : 40;
+  static constexpr bool kTight = kConsumers == 3 && C::kOptimistic;
+  static constexpr int kProducerRegisters = kTight ? 32 : kSearches || kConsumers == 3 ? 56 : 40;
   static constexpr int kConsumerRegisters = (512 - kProducerRegisters) / kConsumers / 8 * 8;
 
   // Panels of 128 columns: rows of 128 bytes under the 128-byte swizzle.
@@ -99,7 +101,7 @@ struct FwdFp8Sm90 {
   using Weights = typename Weighing::Array;
   using Softmax = typename Weighing::Softmax;
   using Place = RowScores<4, 1, 2 * kKeySteps>;
-  using Transposer = TransposeSm90<C::kBlockN, C::kHeadDimV, kTransposers>;
+  using Transposer = TransposeSm90<C::kBlockN, C::kHeadDimV, kTransposers, kTight ? 2 : 4>;
 
   static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
     return smem + kSmemBarriers + 8 * (barrier + stage);

@@ -1,6 +1,7 @@
 // Hopper's matrix products of 8-bit floats, and their conversions, one instruction per function.
 //
-// Both operands must lie with the product's inner dimension along rows: there is no transposed form.
+// Both operands must lie with the product's inner dimension along rows: there is no transposed
+// form.
 #ifndef JAX_FLASHATTN_CC_KERNELS_PTX_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_PTX_FP8_SM90_CUH_
 

@@ -4,8 +4,8 @@
 // row's maximum, but not always the latest: it is replaced only when a block exceeds it by more
 // than kLimit (in log2 units). Any reference gives the same weights after normalisation, and
 // exp2(8) leaves both f16 and f32 far from overflow; so after the first blocks nearly no block
-// needs the exchange between lanes and the rescaling of the output. Weights that become 8-bit floats
-// have little room for slack, and want their largest near the top of the type's range: kTop.
+// needs the exchange between lanes and the rescaling of the output. Weights that become 8-bit
+// floats have little room for slack, and want their largest near the top of the type's range: kTop.
 #ifndef JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
 
@@ -13,8 +13,8 @@
 
 namespace jfa {
 
-// For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block. A new
-// reference gives its row's largest weight 2^kTop_, of 2^8 at most.
+// For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block. A
+// new reference gives its row's largest weight 2^kTop_, of 2^8 at most.
 template <int kM, int kTop_ = 0>
 struct OnlineSoftmax {
   static constexpr int kRows = 2 * kM;

@@ -18,13 +18,14 @@
 namespace jfa {
 
 // For kWarps warps, of which the first is warp 1 of the CTA.
-template <int kKeys, int kDims, int kWarps>
+template <int kKeys, int kDims, int kWarps, int kMostAtOnce>
 struct TransposeSm90 {
   static constexpr int kRowBytes = 128;
-  static constexpr int kChunks = kDims / 16;                 // of 16 bytes in a row of V
-  static constexpr int kBatch = kChunks % 4 == 0 ? 4 : 2;    // chunks read at once
-  static constexpr int kBatches = kChunks / kBatch;          // per 32 keys
+  static constexpr int kChunks = kDims / 16;                         // of 16 bytes in a row of V
+  static constexpr int kBatch = kChunks % 4 == 0 ? kMostAtOnce : 2;  // chunks read at once
+  static constexpr int kBatches = kChunks / kBatch;                  // per 32 keys
   static constexpr int kItems = kBatches * (kKeys / 32);
+  static_assert(kMostAtOnce == 2 || kMostAtOnce == 4, "a batch is a power of two: see `from`");
   static_assert(kChunks % kBatch == 0 && kKeys % 32 == 0, "whole items only");
 
   // The bytes of a register of V^T whose keys are below `count`.
