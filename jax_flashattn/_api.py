@@ -171,8 +171,8 @@ def attention(
       Output `[B, T, N, Hv]` in q's dtype (`out_dtype` for float8). With `return_lse`, also the
       log-sum-exp, float32, natural logarithm, `[B, N, T]` (`[N, T]` for 3-axis input). A query that
       sees no key has output 0, log-sum-exp -inf (`sinks[n]` with sinks) and gradient 0. Both are
-      differentiable, in reverse
-      mode. Keys that only causality, window or segments hide must be finite; padding may be NaN.
+      differentiable, in reverse mode (float8 aside). Keys that only causality, window or segments
+      hide must be finite; padding may be NaN.
 
     Raises:
       TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed.

@@ -4,7 +4,7 @@ An operand is `x * scale`, the scale one value per tensor or per batch element a
 scales of q and k are one factor of the scores, and reach every backend as one array.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,7 @@ def options(
 
 
 def dequantize(
-    q: jax.Array, k: jax.Array, v: jax.Array, aux: dict[str, jax.Array]
+    q: jax.Array, k: jax.Array, v: jax.Array, aux: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k and v of a canonical call in float32, with their scales applied."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
