@@ -174,9 +174,10 @@ def test_explain():
     assert [x["symbol"] for x in found.kernels] == ["jfa_fwd_sm90_e5m2_e4m3_e5m2_bf16_d128x64_full"]
 
 
-def test_values_share_a_key():
-    keys = lambda **options: [
-        x["key"] for x in explain(*arrays(), platform="cuda", arch=90, **options).kernels
-    ]
-    assert keys() == keys(q_scale=2.0) == keys(v_scale=jnp.ones((2, 2)))
-    assert keys() != keys(out_dtype=jnp.float16) != keys(fp8_accumulation="two_level")
+def test_values_share_a_kernel():
+    def kernels(**options):
+        found = explain(*arrays(), platform="cuda", arch=90, **options).kernels
+        return [(x["symbol"], x["config"]) for x in found]
+
+    assert kernels() == kernels(q_scale=2.0) == kernels(v_scale=jnp.ones((2, 2)))
+    assert kernels() != kernels(out_dtype=jnp.float16) != kernels(fp8_accumulation="two_level")
