@@ -19,6 +19,7 @@ constexpr int64_t kMaxLength = int64_t{1} << 30;
 // of the optional arrays. XLA aligns buffers to more.
 constexpr uintptr_t kAlignment = 16;
 constexpr uintptr_t kWordAlignment = 4;
+constexpr int64_t kLeastPage = 8, kLargestPage = 256;
 constexpr int64_t kSegmentBlock = 32;  // SegmentSide::kGranule
 
 const char* Name(ElementType dtype) {
@@ -80,6 +81,11 @@ class Reader {
     return args_.size <= after || args_.size > args_.items.size()
                ? kNone
                : args_.items[args_.size - 1 - after];
+  }
+
+  const Tensor& LastRet() const {
+    static const Tensor kNone{};
+    return rets_.size == 0 || rets_.size > rets_.items.size() ? kNone : rets_.items[rets_.size - 1];
   }
 
   void ExpectEnd() {
@@ -144,7 +150,7 @@ class Reader {
   size_t next_ret_ = 0;
 };
 
-std::string CheckAttributes(Op op, const Attributes& a) {
+std::string CheckAttributes(Target target, const Attributes& a) {
   const auto got = [](const char* name, const char* expected, auto value) {
     return std::string("attribute ") + name + " must be " + expected + ", got " +
            std::to_string(value);
@@ -158,24 +164,37 @@ std::string CheckAttributes(Op op, const Attributes& a) {
   if (a.window_left < -1) return got("window_left", "at least -1", a.window_left);
   if (a.window_right < -1) return got("window_right", "at least -1", a.window_right);
   if (a.sink_tokens < 0) return got("sink_tokens", "at least 0", a.sink_tokens);
-  if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 11 bits", a.aux);
+  if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 12 bits", a.aux);
   if (a.fp8 < 0 || a.fp8 > kAllFp8 || (a.fp8 != 0 && (a.fp8 & kFp8) == 0)) {
     return got("fp8", "0 or an odd number below 32", a.fp8);
   }
-  if (a.fp8 != 0 && op == Op::kBwd) return got("fp8", "0 in backward", a.fp8);
+  if (a.fp8 != 0 && target != Target::kFwd) return got("fp8", "0 but in forward", a.fp8);
   if (a.fp8 == 0 && (a.aux & (kQkScale | kVScale)) != 0) {
     return got("aux", "without scales unless inputs are of 8 bits", a.aux);
   }
   if (a.Has(kQSegmentIds) != a.Has(kKvSegmentIds)) {
     return got("aux", "with segment ids of both sides or of none", a.aux);
   }
-  if (a.Has(kCuSeqlensQ) != a.Has(kCuSeqlensKv)) {
+  if (a.Has(kPageTable)) {
+    if (target != Target::kServe || !a.Has(kKvLengths) ||
+        (a.aux & (kQSegmentIds | kCuSeqlensKv)) != 0) {
+      return got("aux", "with kv_lengths, without segment ids and cu_seqlens_kv if paged", a.aux);
+    }
+  } else if (a.Has(kCuSeqlensQ) != a.Has(kCuSeqlensKv)) {
     return got("aux", "with cu_seqlens of both sides or of none", a.aux);
   }
-  if (a.Has(kCuSeqlensQ) && (a.aux & (kQLengths | kKvLengths | kQSegmentIds)) != 0) {
+  if (a.Has(kCuSeqlensQ) && (a.aux & (kQLengths | kQSegmentIds)) != 0) {
     return got("aux", "without lengths and segment ids if packed", a.aux);
   }
-  if (op == Op::kBwd && a.Has(kSinks)) return got("aux", "without sinks in backward", a.aux);
+  if (a.Has(kCuSeqlensQ) && !a.Has(kPageTable) && a.Has(kKvLengths)) {
+    return got("aux", "without lengths if packed", a.aux);
+  }
+  if (a.rows < 0 || a.rows > kMaxLength) return got("rows", "0 to 2^30", a.rows);
+  if (a.rows > 0 && (a.aux & (kQSegmentIds | kCuSeqlensQ)) != 0) {
+    return got("aux", "without segment ids and cu_seqlens if decoding", a.aux);
+  }
+  if (target == Target::kBwd && a.Has(kSinks))
+    return got("aux", "without sinks in backward", a.aux);
   if (a.has_dslopes && !a.Has(kAlibiSlopes)) {
     return got("aux", "with alibi_slopes if their gradient is asked for", a.aux);
   }
@@ -195,6 +214,11 @@ ElementType InputType(const Attributes& attrs, Fp8Bit e5m2) {
   return attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
 }
 
+// How many operands come after all others.
+size_t ScalesOf(const Attributes& attrs) {
+  return size_t{attrs.Has(kQkScale)} + size_t{attrs.Has(kVScale)};
+}
+
 // q, k and v: where the sizes come from, and the first checks on them.
 void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
   const Tensor q = reader.NextOfRank("q", 5);
@@ -203,6 +227,12 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
   if (!reader.ok()) return;
   Problem& sizes = call->sizes;
   sizes = {q.dims[0], q.dims[1], q.dims[2], q.dims[3], k.dims[2], 0};
+  const bool paged = attrs.Has(kPageTable);
+  if (paged) {
+    std::swap(sizes.batch, sizes.num_kv_heads);
+    call->num_pages = k.dims[1];
+    call->page_size = k.dims[2];
+  }
   const ElementType dtype = InputType(attrs, kE5m2Q);
   if (q.dtype != dtype) {
     reader.Fail(std::string("operand q must be ") + Name(dtype) + ", got " + Text(q));
@@ -222,8 +252,28 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
       sizes.batch * sizes.num_kv_heads > INT_MAX) {
     reader.Fail("heads must be at least 1 and not huge, got q " + Text(q) + ", v " + Text(v));
   }
+  if (paged) {
+    const int64_t size = call->page_size;
+    if (size < kLeastPage || size > kLargestPage || (size & (size - 1)) != 0 ||
+        call->num_pages < 1) {
+      reader.Fail("pages must be at least one, of 8, 16, 32, 64, 128 or 256 tokens, got k " +
+                  Text(k));
+    }
+    const Tensor& table = reader.LastArg(ScalesOf(attrs));
+    if (table.rank < 3 || table.dims[table.rank - 1] < 0 ||
+        table.dims[table.rank - 1] * size > kMaxLength) {
+      reader.Fail(
+          "operand page_table must have at least 3 axes and span at most 2^30 tokens, got " +
+          Text(table));
+    }
+    if (!reader.ok()) return;
+    call->max_pages = table.dims[table.rank - 1];
+    sizes.kv_len = call->max_pages * size;
+  }
   const auto expect = [&](const char* name, const Tensor& x, ElementType type, int64_t dim) {
-    const std::array<int64_t, 4> dims = {sizes.batch, sizes.num_kv_heads, sizes.kv_len, dim};
+    const std::array<int64_t, 4> dims =
+        paged ? std::array<int64_t, 4>{sizes.num_kv_heads, call->num_pages, call->page_size, dim}
+              : std::array<int64_t, 4>{sizes.batch, sizes.num_kv_heads, sizes.kv_len, dim};
     if (x.dtype != type || !std::equal(dims.begin(), dims.end(), x.dims)) {
       reader.Fail(std::string("operand ") + name + " must be " +
                   ShapeText(type, dims.data(), dims.size()) + ", got " + Text(x));
@@ -238,11 +288,22 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
 
 void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   const Problem& sizes = call->sizes;
-  const int64_t B = sizes.batch, K = sizes.num_kv_heads;
-  const bool packed = attrs.Has(kCuSeqlensQ);
-  if (packed) {
-    // How many sequences there are is told by the boundaries, which come last but for scales.
-    const Tensor& ends = reader.LastArg(size_t{attrs.Has(kQkScale)} + size_t{attrs.Has(kVScale)});
+  const bool packed = attrs.Has(kCuSeqlensQ), paged = attrs.Has(kPageTable);
+  // The table of a paged call or the boundaries of another come last but for scales.
+  const Tensor& last = reader.LastArg(ScalesOf(attrs));
+  // The two leading axes.
+  const int64_t B = paged ? sizes.num_kv_heads : sizes.batch;
+  const int64_t K = paged ? sizes.batch : sizes.num_kv_heads;
+  if (packed && paged) {
+    if (last.rank != 4 || last.dims[2] < 1 || last.dims[2] > kMaxLength) {
+      reader.Fail("operand page_table must be int32[K or 1, B, sequences, pages], got " +
+                  Text(last));
+      return;
+    }
+    call->sizes.num_sequences = last.dims[2];
+  } else if (packed) {
+    // How many sequences there are is told by the boundaries.
+    const Tensor& ends = last;
     if (ends.rank != 3 || ends.dims[2] < 2 || ends.dims[2] > kMaxLength) {
       reader.Fail("operand cu_seqlens_kv must be int32[B, K, sequences + 1], got " + Text(ends));
       return;
@@ -258,7 +319,8 @@ void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   call->query_offset = packed ? read(kQueryOffset, "query_offset", {B, K, n})
                               : read(kQueryOffset, "query_offset", {B, K});
   call->q_lengths = read(kQLengths, "q_lengths", {B, K});
-  call->kv_lengths = read(kKvLengths, "kv_lengths", {B, K});
+  call->kv_lengths =
+      packed ? read(kKvLengths, "kv_lengths", {B, K, n}) : read(kKvLengths, "kv_lengths", {B, K});
   call->q_segment_ids = read(kQSegmentIds, "q_segment_ids", {B, K, sizes.q_len});
   call->q_segment_ranges = read(kQSegmentIds, "q_segment_ranges", {B, K, blocks(sizes.q_len), 2});
   call->kv_segment_ids = read(kKvSegmentIds, "kv_segment_ids", {B, K, sizes.kv_len});
@@ -268,6 +330,13 @@ void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   call->sinks = read(kSinks, "sinks", {B, K, sizes.group}, ElementType::kF32);
   call->cu_seqlens_q = read(kCuSeqlensQ, "cu_seqlens_q", {B, K, n + 1});
   call->cu_seqlens_kv = read(kCuSeqlensKv, "cu_seqlens_kv", {B, K, n + 1});
+  if (paged) {
+    // The same for all key heads: repeated only where XLA may split them.
+    const int64_t heads = last.dims[0] == 1 ? 1 : sizes.num_kv_heads;
+    call->page_table =
+        packed ? read(kPageTable, "page_table", {heads, sizes.batch, n, call->max_pages})
+               : read(kPageTable, "page_table", {heads, sizes.batch, call->max_pages});
+  }
   call->qk_scale = read(kQkScale, "qk_scale", {B, K}, ElementType::kF32);
   call->v_scale = read(kVScale, "v_scale", {B, K}, ElementType::kF32);
 }
@@ -275,6 +344,13 @@ void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
 // [batch, token, head, dim] memory.
 TensorArg ToTensorArg(void* data, int64_t length, int64_t heads, int64_t dim) {
   return {data, length * heads * dim, heads * dim, dim};
+}
+
+// Pages: [page, token, head, dim] memory, or [page, head, token, dim].
+TensorArg ToPagesTensorArg(void* data, const Attributes& attrs, const Call& call, int64_t dim) {
+  const int64_t heads = call.sizes.num_kv_heads, page = call.page_size * heads * dim;
+  if (attrs.heads_first) return {data, page, dim, call.page_size * dim};
+  return {data, page, heads * dim, dim};
 }
 
 int ToInt(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, INT_MIN, INT_MAX)); }
@@ -326,11 +402,11 @@ Status ForcedFamily(Family* family) {
                          std::string(name));
 }
 
-Status ReadVariant(Op op, const Attributes& attrs, Variant* variant) {
-  const std::string error = CheckAttributes(op, attrs);
+Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
+  const std::string error = CheckAttributes(target, attrs);
   if (!error.empty()) return InvalidArgument("jax_flashattn: " + error);
   const bool local = attrs.window_left >= 0 || (attrs.window_right >= 0 && !attrs.is_causal);
-  variant->op = op;
+  variant->op = target == Target::kBwd ? Op::kBwd : attrs.rows > 0 ? Op::kDecode : Op::kFwd;
   variant->dtype = attrs.is_bf16 ? DType::kBF16 : DType::kF16;
   variant->head_dim = ToInt(attrs.head_dim);
   variant->head_dim_v = ToInt(attrs.head_dim_v);
@@ -346,12 +422,14 @@ Status ReadVariant(Op op, const Attributes& attrs, Variant* variant) {
   variant->e5m2_k = (attrs.fp8 & kE5m2K) != 0;
   variant->e5m2_v = (attrs.fp8 & kE5m2V) != 0;
   variant->two_level = (attrs.fp8 & kTwoLevel) != 0;
+  variant->paged = attrs.Has(kPageTable) && variant->op == Op::kFwd;
+  variant->rows = attrs.rows;
   return ForcedFamily(&variant->family);
 }
 
-Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const TensorList& rets,
-                Memory memory, Call* call) {
-  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &call->variant));
+Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
+                const TensorList& rets, Memory memory, Call* call) {
+  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &call->variant));
   Reader reader(args, rets, memory);
   ReadInputs(attrs, reader, call);
   if (!reader.ok()) return reader.status();
@@ -359,7 +437,24 @@ Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const Te
   const Problem& sizes = call->sizes;
   const int64_t B = sizes.batch, K = sizes.num_kv_heads, G = sizes.group, T = sizes.q_len,
                 S = sizes.kv_len, H = attrs.head_dim, Hv = attrs.head_dim_v;
-  if (op == Op::kFwd) {
+  if (target == Target::kServe) {
+    ReadOptional(attrs, reader, call);
+    const bool paged = attrs.Has(kPageTable);
+    const int64_t first = paged ? K : B, second = paged ? B : K;
+    if (attrs.rows != 0 && attrs.rows != T * G) {
+      reader.Fail("attribute rows must be the queries of one key head, " + std::to_string(T * G) +
+                  ", got " + std::to_string(attrs.rows));
+    }
+    call->out = reader.NextRet("out", dtype, {first, second, G, T, Hv});
+    call->lse = reader.NextRet("lse", ElementType::kF32, {first, second, G, T});
+    const Tensor& scratch = reader.LastRet();
+    const int64_t floats = scratch.rank == 3 ? scratch.dims[2] : 0;
+    call->scratch = reader.NextRet("scratch", ElementType::kF32, {first, second, floats});
+    call->scratch_floats = B * K * floats;
+    call->sizes.scratch_floats = call->scratch_floats;
+    call->sizes.head_dim_v = Hv;
+    call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
+  } else if (target == Target::kFwd) {
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextRet("lse", ElementType::kF32, {B, K, G, T});
@@ -389,13 +484,30 @@ FwdParams ToFwdParams(const Attributes& attrs, const Call& call) {
   FwdParams p{};
   p.problem = ToProblemParams(attrs, call);
   p.q = ToTensorArg(call.q, p.problem.q_len, p.problem.num_heads, call.variant.head_dim);
-  p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim);
-  p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim_v);
+  if (attrs.Has(kPageTable)) {
+    p.k = ToPagesTensorArg(call.k, attrs, call, call.variant.head_dim);
+    p.v = ToPagesTensorArg(call.v, attrs, call, call.variant.head_dim_v);
+    p.pages.table = static_cast<const int*>(call.page_table);
+    p.pages.max_pages = ToInt(call.max_pages);
+    p.pages.num_pages = ToInt(call.num_pages);
+    while ((int64_t{1} << p.pages.page_log2) < call.page_size) ++p.pages.page_log2;
+  } else {
+    p.k = ToTensorArg(call.k, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim);
+    p.v = ToTensorArg(call.v, p.problem.kv_len, p.problem.num_kv_heads, call.variant.head_dim_v);
+  }
   p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.variant.head_dim_v);
   p.sinks = static_cast<const float*>(call.sinks);
   p.lse = static_cast<float*>(call.lse);
   p.qk_scales = static_cast<const float*>(call.qk_scale);
   p.v_scales = static_cast<const float*>(call.v_scale);
+  return p;
+}
+
+DecodeParams ToDecodeParams(const Attributes& attrs, const Call& call) {
+  DecodeParams p{};
+  p.fwd = ToFwdParams(attrs, call);
+  p.rows = ToInt(call.sizes.q_len * call.sizes.group);
+  p.scratch = static_cast<float*>(call.scratch);
   return p;
 }
 

@@ -7,12 +7,19 @@
 // backward: q, k, v, out, lse, dout, dlse if given, optional arrays
 //           -> dq, dk, dv, dslopes f32 [B, K, G, SlopePartials()] if asked for,
 //              scratch f32 [B, K, max(1, ScratchFloats())]
+// serve:    q, k, v, optional arrays -> out, lse, scratch f32 [B, K, any]: decoding (attribute
+// `rows`
+//           above 0), or forward over pages.
+// Paged calls (of serve alone) have k [K, pages, tokens of a page, H], v likewise, and all other
+// arrays with K before B. Layouts keep the memory of both kinds the same; k's and v's may be
+// [pages, tokens, K, H] or, with attribute `heads_first`, [pages, K, tokens, H].
 // Optional arrays, those that attribute `aux` names, in the order of its bits:
 //   query_offset s32 [B, K], packed [B, K, n]   q_lengths, kv_lengths s32 [B, K]
 //   q_segment_ids s32 [B, K, T] and their ranges [B, K, ceil(T / 32), 2]   the same for keys, S
 //   alibi_slopes, sinks f32 [B, K, G]   cu_seqlens_q, cu_seqlens_kv s32 [B, K, n + 1]
-//   qk_scale, v_scale f32 [B, K], for 8-bit floats
-// With cu_seqlens the call is packed: n sequences, T and S count all tokens.
+//   page_table s32 [K or 1, B, M]   qk_scale, v_scale f32 [B, K], for 8-bit floats
+// With cu_seqlens the call is packed: n sequences, T and S count all tokens. A packed call over
+// pages has no cu_seqlens_kv, but kv_lengths [K, B, n] and page_table [K or 1, B, n, M].
 #ifndef JAX_FLASHATTN_CC_CALL_H_
 #define JAX_FLASHATTN_CC_CALL_H_
 
@@ -37,9 +44,10 @@ enum AuxBit : int64_t {
   kSinks = 1 << 6,
   kCuSeqlensQ = 1 << 7,
   kCuSeqlensKv = 1 << 8,
-  kQkScale = 1 << 9,
-  kVScale = 1 << 10,
-  kAllAux = (1 << 11) - 1,
+  kPageTable = 1 << 9,
+  kQkScale = 1 << 10,
+  kVScale = 1 << 11,
+  kAllAux = (1 << 12) - 1,
 };
 
 // Bits of attribute `fp8`: _fp8_attribute of _lowering_cuda.py.
@@ -63,14 +71,18 @@ struct Attributes {
   int64_t sink_tokens;
   int64_t aux;
   bool is_bf16;  // of the output, and of inputs that aren't of 8 bits
-  int64_t fp8;
   int64_t head_dim;
   int64_t head_dim_v;
   int64_t arch;
+  // Forward; 0 in backward.
+  int64_t fp8 = 0;
   // Backward only.
   bool deterministic = false;
   bool has_dlse = false;
   bool has_dslopes = false;
+  // Serve only.
+  int64_t rows = 0;  // decode: queries of one key head; 0: the forward kernel
+  bool heads_first = false;
 
   bool Has(AuxBit bit) const { return (aux & bit) != 0; }
 };
@@ -107,20 +119,27 @@ struct Call {
   void *alibi_slopes = nullptr, *sinks = nullptr;
   void *cu_seqlens_q = nullptr, *cu_seqlens_kv = nullptr;
   void *qk_scale = nullptr, *v_scale = nullptr;
+  void* page_table = nullptr;
+  int64_t num_pages = 0, page_size = 0, max_pages = 0;  // of a paged call
 };
 
 // The kernel family that tests force: JFA_FORCE_FAMILY is sm80 or sm90; read once.
 Status ForcedFamily(Family* family);
 
+// What a handler runs; kServe decides by its attributes between the two others that it can.
+enum class Target { kFwd, kBwd, kServe };
+
 // What changes code; from attributes alone, since a runtime need not show operands while it
 // compiles.
-Status ReadVariant(Op op, const Attributes& attrs, Variant* variant);
+Status ReadVariant(Target target, const Attributes& attrs, Variant* variant);
 
 // Checks everything; the error names the operand, what was expected and what was there.
-Status ReadCall(Op op, const Attributes& attrs, const TensorList& args, const TensorList& rets,
-                Memory memory, Call* call);
+Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
+                const TensorList& rets, Memory memory, Call* call);
 
 FwdParams ToFwdParams(const Attributes& attrs, const Call& call);
+// Without what depends on the kernel: boxes, CTAs, tiles.
+DecodeParams ToDecodeParams(const Attributes& attrs, const Call& call);
 BwdParams ToBwdParams(const Attributes& attrs, const Call& call);
 
 }  // namespace jfa

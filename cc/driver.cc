@@ -71,7 +71,6 @@ Status OpenCuda(const Cuda** out) {
   symbols.Load("cuKernelSetAttribute", &cuda.kernel_set_attribute);
   symbols.Load("cuLaunchKernelEx", &cuda.launch_kernel_ex);
   symbols.Load("cuMemsetD8Async", &cuda.memset_d8_async);
-  symbols.Load("cuMemsetD32Async", &cuda.memset_d32_async);
   symbols.Load("cuTensorMapEncodeTiled", &cuda.tensor_map_encode_tiled);
   symbols.Load("cuGetErrorName", &cuda.get_error_name);
   symbols.Load("cuGetErrorString", &cuda.get_error_string);

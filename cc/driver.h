@@ -27,6 +27,7 @@ inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kFunctionAttributeMaxDynamicSharedSizeBytes = 8;
+inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
 
 struct CuLaunchAttribute {
   int id;
@@ -65,7 +66,6 @@ struct Cuda {
   CuResult (*launch_kernel_ex)(const CuLaunchConfig* config, CuKernel kernel, void** params,
                                void** extra);
   CuResult (*memset_d8_async)(CuDevicePtr data, unsigned char value, size_t count, CuStream stream);
-  CuResult (*memset_d32_async)(CuDevicePtr data, unsigned int value, size_t count, CuStream stream);
   CuResult (*tensor_map_encode_tiled)(void* map, int dtype, unsigned int rank, void* data,
                                       const uint64_t* dims, const uint64_t* byte_strides,
                                       const unsigned int* box_dims,

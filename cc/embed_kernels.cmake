@@ -12,12 +12,12 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
     get_filename_component(cc_dir "${jfa_embed_script}" DIRECTORY)
     set(output "${CMAKE_CURRENT_BINARY_DIR}/kernel_sources.cc")
     # A new kernel file makes CMake run again, a changed one only this command.
-    file(GLOB kernels CONFIGURE_DEPENDS "${cc_dir}/kernels/*")
+    file(GLOB kernels CONFIGURE_DEPENDS "${cc_dir}/kernels/*" "${cc_dir}/plan*")
     add_custom_command(
       OUTPUT "${output}"
       COMMAND "${CMAKE_COMMAND}" -D "JFA_CC_DIR=${cc_dir}" -D "JFA_OUTPUT=${output}" -P
               "${jfa_embed_script}"
-      DEPENDS ${kernels} "${cc_dir}/plan.h" "${cc_dir}/plan.cc" "${jfa_embed_script}"
+      DEPENDS ${kernels} "${jfa_embed_script}"
       COMMENT "Embedding cc/kernels"
       VERBATIM)
     target_sources(${target} PRIVATE "${output}")
@@ -47,9 +47,13 @@ string(APPEND text "}  // namespace\n\nconst EmbeddedFile kKernelSources[] = {\n
 string(APPEND text "const size_t kNumKernelSources = ${index};\n\n")
 
 string(APPEND text "const HashedFile kPlanSources[] = {\n")
-foreach(name IN ITEMS plan.cc plan.h)
+file(GLOB plans RELATIVE "${JFA_CC_DIR}" "${JFA_CC_DIR}/plan*")
+list(FILTER plans INCLUDE REGEX "[.](h|cc)$")
+list(SORT plans)
+list(LENGTH plans num_plans)
+foreach(name IN LISTS plans)
   file(SHA256 "${JFA_CC_DIR}/${name}" hash)
   string(APPEND text "    {\"${name}\", \"${hash}\"},\n")
 endforeach()
-string(APPEND text "};\nconst size_t kNumPlanSources = 2;\n\n}  // namespace jfa\n")
+string(APPEND text "};\nconst size_t kNumPlanSources = ${num_plans};\n\n}  // namespace jfa\n")
 file(WRITE "${JFA_OUTPUT}" "${text}")

@@ -16,6 +16,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -170,11 +171,26 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
     const Grid grid =
         MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
-    JFA_RETURN_IF_ERROR(launch::Launch(*kernels.loaded[i], {grid.x, grid.y, grid.z},
-                                       kernels.plan.kernels[i].threads, stream, &params,
-                                       sizeof(params)));
+    JFA_RETURN_IF_ERROR(launch::Launch(
+        *kernels.loaded[i], {grid.x, grid.y, grid.z}, kernels.plan.kernels[i].threads,
+        kernels.plan.kernels[i].starts_early, stream, &params, sizeof(params)));
   }
   return OkStatus();
+}
+
+// The maps of keys and values, whose boxes are the kernel's blocks of keys, or as much of one as is
+// surely in one page.
+Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& kernel,
+                     int* box_rows, TensorMap* k, TensorMap* v) {
+  const ProblemParams& p = fwd.problem;
+  const bool paged = fwd.pages.table != nullptr;
+  const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
+  const int block_rows = kernel.box_rows_kv, bytes = kernel.input_bytes;
+  *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
+  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
+  return launch::EncodeTensorMap(
+      fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, v);
 }
 
 // The Hopper forward wants tensor maps in front.
@@ -187,19 +203,34 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   FwdSm90Params params{};
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
-  const int bytes = kernel.input_bytes;
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, bytes}, call.q,
-      &params.q));
-  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.k, {p.head_dim, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv, bytes}, call.q,
-      &params.k));
-  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.v, {p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, kernel.box_rows_kv, bytes}, call.q,
-      &params.v));
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.input_bytes},
+      call.q, &params.q));
+  JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
+  return LaunchAll(kernels, call, params, multiprocessors, stream);
+}
+
+Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodeParams& decode,
+                    int multiprocessors, driver::CuStream stream) {
+  const KernelSpec& kernel = kernels.plan.kernels.front();
+  DecodeParams params = decode;
+  params.num_ctas = static_cast<int>(DecodeCtas(kernel, call.sizes, multiprocessors));
+  if (params.num_ctas <= 0) {
+    if (call.q == nullptr) return OkStatus();
+    return InvalidArgument(
+        "jax_flashattn: a decode call must have less than 2^31 key blocks and room in its scratch, "
+        "got " +
+        std::to_string(call.sizes.kv_len) + " keys, batch " + std::to_string(call.sizes.batch) +
+        " and " + std::to_string(call.scratch_floats) + " floats of scratch");
+  }
+  params.row_tiles = DecodeRowTiles(kernel, call.sizes);
+  if (kernel.box_rows_kv != 0) {
+    JFA_RETURN_IF_ERROR(
+        EncodeKeyMaps(call, params.fwd, kernel, &params.box_rows, &params.k, &params.v));
+  }
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }
 
@@ -207,9 +238,9 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
 // Stages
 // ---------------------------------------------------------------------------------------------
 
-Status Instantiate(Op op, const Attributes& attrs, CudaState& state) {
+Status Instantiate(Target target, const Attributes& attrs, CudaState& state) {
   Variant variant;
-  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &variant));
+  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &variant));
   int arch = static_cast<int>(attrs.arch);
   if (arch == 0) JFA_RETURN_IF_ERROR(driver::CurrentArch(&arch));
   std::lock_guard<std::mutex> lock(state.mutex);
@@ -217,23 +248,23 @@ Status Instantiate(Op op, const Attributes& attrs, CudaState& state) {
   return Build(state, variant, arch, &kernels);
 }
 
-Status Initialize(Op op, const Attributes& attrs, int ordinal, CudaState* state) {
+Status Initialize(Target target, const Attributes& attrs, int ordinal, CudaState* state) {
   // Every run comes through here, so the common case leaves at once.
   if (ordinal >= 0 && ordinal < kMaxDevices &&
       state->by_device[ordinal].load(std::memory_order_acquire) != nullptr) {
     return OkStatus();
   }
   Variant variant;
-  JFA_RETURN_IF_ERROR(ReadVariant(op, attrs, &variant));
+  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &variant));
   const ArchKernels* kernels;
   return KernelsFor(*state, variant, ordinal, &kernels);
 }
 
-Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordinal,
+Status Execute(Target target, const Attributes& attrs, driver::CuStream stream, int ordinal,
                CudaState* state, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Call call;
   JFA_RETURN_IF_ERROR(
-      ReadCall(op, attrs, ToTensors(args), ToTensors(rets), Memory::kDevice, &call));
+      ReadCall(target, attrs, ToTensors(args), ToTensors(rets), Memory::kDevice, &call));
   if (call.dslopes != nullptr && call.sizes.q_len == 0) {
     // No tile of queries is there to clear them. Everything else the kernels fill themselves, for
     // no keys too.
@@ -245,9 +276,15 @@ Status Execute(Op op, const Attributes& attrs, driver::CuStream stream, int ordi
   JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
   int multiprocessors;
   JFA_RETURN_IF_ERROR(driver::DeviceMultiprocessors(ordinal, &multiprocessors));
-  return op == Op::kFwd
-             ? LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream)
-             : LaunchAll(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
+  switch (call.variant.op) {
+    case Op::kFwd:
+      return LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream);
+    case Op::kBwd:
+      return LaunchAll(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
+    case Op::kDecode:
+      break;
+  }
+  return LaunchDecode(*kernels, call, ToDecodeParams(attrs, call), multiprocessors, stream);
 }
 
 ffi::Error ToError(const Status& status) {
@@ -276,39 +313,86 @@ ffi::Error Guard(Stage stage) {
   }
 }
 
-// The handlers proper: one set per op, since FFI derives the decoding from a function's signature.
-// A... are the types of Attributes' members, in their order.
-template <Op op, typename... A>
-struct Handlers {
+Attributes CommonAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
+                            int64_t arch) {
+  return {scale,       soft_cap, is_causal, query_offset, window_left, window_right,
+          sink_tokens, aux,      is_bf16,   head_dim,     head_dim_v,  arch};
+}
+
+Attributes FwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                         int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                         int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
+                         int64_t arch, int64_t fp8) {
+  Attributes attrs =
+      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+  attrs.fp8 = fp8;
+  return attrs;
+}
+
+Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                         int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                         int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
+                         int64_t arch, int64_t fp8, bool deterministic, bool has_dlse,
+                         bool has_dslopes) {
+  Attributes attrs =
+      FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
+  attrs.deterministic = deterministic;
+  attrs.has_dlse = has_dlse;
+  attrs.has_dslopes = has_dslopes;
+  return attrs;
+}
+
+Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                           int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                           int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
+                           int64_t arch, int64_t rows, bool heads_first) {
+  Attributes attrs =
+      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+  attrs.rows = rows;
+  attrs.heads_first = heads_first;
+  return attrs;
+}
+
+// The handlers proper: one set per target, since FFI derives the decoding from a function's
+// signature. `make` takes the attributes in the order in which they are bound.
+template <Target target, auto make>
+struct Handlers;
+
+template <Target target, typename... A, Attributes (*make)(A...)>
+struct Handlers<target, make> {
   static ffi::ErrorOr<std::unique_ptr<CudaState>> OnInstantiate(A... attrs) {
     std::unique_ptr<CudaState> state;
     ffi::Error error = Guard([&] {
       state = std::make_unique<CudaState>();
-      return Instantiate(op, Attributes{attrs...}, *state);
+      return Instantiate(target, make(attrs...), *state);
     });
     if (error.failure()) return ffi::Unexpected<ffi::Error>(std::move(error));
     return state;
   }
 
   static ffi::Error OnInitialize(int32_t ordinal, CudaState* state, A... attrs) {
-    return Guard([&] { return Initialize(op, Attributes{attrs...}, ordinal, state); });
+    return Guard([&] { return Initialize(target, make(attrs...), ordinal, state); });
   }
 
   static ffi::Error OnExecute(driver::CuStream stream, int32_t ordinal, CudaState* state,
                               ffi::RemainingArgs args, ffi::RemainingRets rets, A... attrs) {
     return Guard(
-        [&] { return Execute(op, Attributes{attrs...}, stream, ordinal, state, args, rets); });
+        [&] { return Execute(target, make(attrs...), stream, ordinal, state, args, rets); });
   }
 };
 
-using Fwd = Handlers<Op::kFwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
-                     bool, int64_t, int64_t, int64_t, int64_t>;
-using Bwd = Handlers<Op::kBwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t,
-                     bool, int64_t, int64_t, int64_t, int64_t, bool, bool, bool>;
+using Fwd = Handlers<Target::kFwd, FwdAttributes>;
+using Bwd = Handlers<Target::kBwd, BwdAttributes>;
+using Serve = Handlers<Target::kServe, ServeAttributes>;
 
 // A binding is moved from by each call that extends it, and can't be moved otherwise.
 template <typename Binding>
-auto BindFwdAttributes(Binding&& binding) {
+auto BindCommonAttributes(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Attr<float>("scale")
       .template Attr<float>("soft_cap")
@@ -319,10 +403,14 @@ auto BindFwdAttributes(Binding&& binding) {
       .template Attr<int64_t>("sink_tokens")
       .template Attr<int64_t>("aux")
       .template Attr<bool>("is_bf16")
-      .template Attr<int64_t>("fp8")
       .template Attr<int64_t>("head_dim")
       .template Attr<int64_t>("head_dim_v")
       .template Attr<int64_t>("arch");
+}
+
+template <typename Binding>
+auto BindFwdAttributes(Binding&& binding) {
+  return BindCommonAttributes(std::forward<Binding>(binding)).template Attr<int64_t>("fp8");
 }
 
 template <typename Binding>
@@ -331,6 +419,13 @@ auto BindBwdAttributes(Binding&& binding) {
       .template Attr<bool>("deterministic")
       .template Attr<bool>("has_dlse")
       .template Attr<bool>("has_dslopes");
+}
+
+template <typename Binding>
+auto BindServeAttributes(Binding&& binding) {
+  return BindCommonAttributes(std::forward<Binding>(binding))
+      .template Attr<int64_t>("rows")
+      .template Attr<bool>("heads_first");
 }
 
 auto BindInstantiate() { return ffi::Ffi::BindInstantiate(); }
@@ -363,6 +458,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInstantiate, Bwd::OnInstantiate,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInitialize, Bwd::OnInitialize,
                               BindBwdAttributes(BindInitialize()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdExecute, Bwd::OnExecute, BindBwdAttributes(BindExecute()),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeInstantiate, Serve::OnInstantiate,
+                              BindServeAttributes(BindInstantiate()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeInitialize, Serve::OnInitialize,
+                              BindServeAttributes(BindInitialize()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeExecute, Serve::OnExecute,
+                              BindServeAttributes(BindExecute()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_TypeId* CudaStateTypeId() { return &CudaState::id; }

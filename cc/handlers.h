@@ -12,6 +12,9 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaFwdExecute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaBwdInstantiate);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaBwdInitialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaBwdExecute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaServeInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaServeInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaServeExecute);
 
 // The type of all those handlers' state, to be registered for platform CUDA.
 XLA_FFI_TypeId* CudaStateTypeId();

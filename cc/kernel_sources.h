@@ -16,7 +16,7 @@ struct EmbeddedFile {
 extern const EmbeddedFile kKernelSources[];
 extern const size_t kNumKernelSources;
 
-// Files of cc/ whose change changes what is launched (plan.h, plan.cc), and their SHA-256.
+// Files of cc/ whose change changes what is launched (plan*), and their SHA-256.
 struct HashedFile {
   const char* name;
   const char* sha256;

@@ -84,8 +84,8 @@ Status PrepareDevice(LoadedKernel* kernel, int ordinal) {
   return OkStatus();
 }
 
-Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStream stream,
-              const void* params, size_t param_bytes) {
+Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_early,
+              driver::CuStream stream, const void* params, size_t param_bytes) {
   // The driver copies as many bytes as the kernel declares, wherever they come from.
   if (kernel.param_bytes >= 0 && static_cast<size_t>(kernel.param_bytes) != param_bytes) {
     return Internal("jax_flashattn: " + kernel.symbol + " takes " +
@@ -103,6 +103,11 @@ Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, driver::CuStre
   config.block_z = 1;
   config.shared_bytes = static_cast<unsigned int>(kernel.smem_bytes);
   config.stream = stream;
+  driver::CuLaunchAttribute early{};
+  early.id = driver::kLaunchAttributeProgrammaticStreamSerialization;
+  early.value.number = 1;
+  config.attributes = &early;
+  config.num_attributes = starts_early ? 1 : 0;
   void* arguments[] = {const_cast<void*>(params)};
   const driver::CuResult result =
       cuda->launch_kernel_ex(&config, kernel.handle, arguments, nullptr);
@@ -119,11 +124,13 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   const Cuda* cuda;
   JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
   // Any type of the width: nothing is computed on the way.
-  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kPromotion256 = 3,
-                kZeroFill = 0;
+  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
+  // How much the L2 fetches at a time: no more than a row, what follows is of another head.
+  constexpr int kPromotion128 = 2, kPromotion256 = 3;
+  const int width = spec.element_bytes;
+  const int promotion = spec.columns * width >= 256 ? kPromotion256 : kPromotion128;
   constexpr unsigned int kBoxBytes = 128;
   const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
-  const int width = spec.element_bytes;
   const auto bytes = [&](long long x) { return static_cast<uint64_t>(x) * width; };
   const uint64_t dims[] = {extent(spec.columns), extent(spec.rows), extent(spec.heads),
                            extent(spec.batch)};
@@ -133,9 +140,9 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   const unsigned int steps[] = {1, 1, 1, 1};
   return driver::Check(
       *cuda,
-      cuda->tensor_map_encode_tiled(
-          map, width == 1 ? kUint8 : kUint16, 4, tensor.data != nullptr ? tensor.data : stand_in,
-          dims, strides, box, steps, kNoInterleave, kSwizzle128, kPromotion256, kZeroFill),
+      cuda->tensor_map_encode_tiled(map, width == 1 ? kUint8 : kUint16, 4,
+                                    tensor.data != nullptr ? tensor.data : stand_in, dims, strides,
+                                    box, steps, kNoInterleave, kSwizzle128, promotion, kZeroFill),
       "cuTensorMapEncodeTiled");
 }
 

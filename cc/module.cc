@@ -31,8 +31,9 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 
 nb::dict CpuHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v2"] = Capsule(jfa::cpu::FwdExecute);
-  handlers["jfa_bwd_v2"] = Capsule(jfa::cpu::BwdExecute);
+  handlers["jfa_fwd_v3"] = Capsule(jfa::cpu::FwdExecute);
+  handlers["jfa_bwd_v3"] = Capsule(jfa::cpu::BwdExecute);
+  handlers["jfa_paged_v1"] = Capsule(jfa::cpu::PagedExecute);
   return handlers;
 }
 
@@ -47,10 +48,12 @@ nb::dict Stages(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* initialize,
 
 nb::dict CudaHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v2"] =
+  handlers["jfa_fwd_v3"] =
       Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
-  handlers["jfa_bwd_v2"] =
+  handlers["jfa_bwd_v3"] =
       Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
+  handlers["jfa_serve_v1"] =
+      Stages(jfa::CudaServeInstantiate, jfa::CudaServeInitialize, jfa::CudaServeExecute);
   return handlers;
 }
 
@@ -66,13 +69,14 @@ void Raise(const jfa::Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());
 }
 
-// What changes code, as Python spells it: op "fwd" or "bwd", dtype "float16" or "bfloat16", mask
-// "full", "causal" or "local", features by the names of Variant's flags.
+// What changes code, as Python spells it: op "fwd", "bwd" or "decode", dtype "float16" or
+// "bfloat16", mask "full", "causal" or "local", features by the names of Variant's flags.
 jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head_dim,
                        int head_dim_v, const std::string& mask,
-                       const std::vector<std::string>& features) {
+                       const std::vector<std::string>& features, int64_t rows) {
   jfa::Variant variant{};
-  variant.op = op == "bwd" ? jfa::Op::kBwd : jfa::Op::kFwd;
+  variant.rows = rows;
+  variant.op = op == "bwd" ? jfa::Op::kBwd : op == "decode" ? jfa::Op::kDecode : jfa::Op::kFwd;
   variant.dtype = dtype == "float16" ? jfa::DType::kF16 : jfa::DType::kBF16;
   variant.head_dim = head_dim;
   variant.head_dim_v = head_dim_v;
@@ -80,12 +84,12 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
                  : mask == "causal" ? jfa::Mask::kCausal
                                     : jfa::Mask::kFull;
   const std::pair<const char*, bool*> flags[] = {
-      {"softcap", &variant.softcap},   {"alibi", &variant.alibi},
-      {"segments", &variant.segments}, {"packed", &variant.packed},
-      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic},
-      {"fp8", &variant.fp8},           {"two_level", &variant.two_level},
-      {"e5m2_q", &variant.e5m2_q},     {"e5m2_k", &variant.e5m2_k},
-      {"e5m2_v", &variant.e5m2_v}};
+      {"softcap", &variant.softcap},     {"alibi", &variant.alibi},
+      {"segments", &variant.segments},   {"packed", &variant.packed},
+      {"dslopes", &variant.dslopes},     {"deterministic", &variant.deterministic},
+      {"paged", &variant.paged},         {"fp8", &variant.fp8},
+      {"two_level", &variant.two_level}, {"e5m2_q", &variant.e5m2_q},
+      {"e5m2_k", &variant.e5m2_k},       {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {
     const auto flag = std::find_if(std::begin(flags), std::end(flags),
                                    [&](const auto& known) { return feature == known.first; });
@@ -112,9 +116,10 @@ nb::dict ToDict(const jfa::jit::Result& result) {
 }
 
 nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
-                 const std::string& mask, const std::vector<std::string>& features, int arch) {
+                 const std::string& mask, const std::vector<std::string>& features, int arch,
+                 int64_t rows) {
   const jfa::Plan plan =
-      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch);
+      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows), arch);
   nb::dict dict;
   nb::list kernels;
   for (const jfa::KernelSpec& kernel : plan.kernels) {
@@ -142,12 +147,13 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
 }
 
 nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
-              const std::string& mask, const std::vector<std::string>& features, int arch) {
+              const std::string& mask, const std::vector<std::string>& features, int arch,
+              int64_t rows) {
   std::vector<jfa::jit::Result> results;
   {
     nb::gil_scoped_release release;
-    Raise(
-        jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), arch, &results));
+    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows), arch,
+                         &results));
   }
   nb::list list;
   for (const auto& result : results) list.append(ToDict(result));
@@ -223,20 +229,35 @@ NB_MODULE(_native, m) {
   m.def("cuda_state_type", &CudaStateType);
   m.def("cuda_devices", &CudaDevices);
   m.def(
-      "cuda_scratch_floats",
-      [](const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
-         const std::string& mask, const std::vector<std::string>& features, int64_t group,
-         int64_t q_len, int64_t num_sequences) {
-        return jfa::ScratchFloats(ToVariant(op, dtype, head_dim, head_dim_v, mask, features), group,
-                                  q_len, num_sequences);
+      "cuda_bwd_scratch_floats",
+      [](int head_dim, int head_dim_v, bool deterministic, int64_t group, int64_t q_len,
+         int64_t num_sequences) {
+        jfa::Variant variant{};
+        variant.op = jfa::Op::kBwd;
+        variant.head_dim = head_dim;
+        variant.head_dim_v = head_dim_v;
+        variant.deterministic = deterministic;
+        return jfa::ScratchFloats(variant, group, q_len, num_sequences);
       },
-      nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("mask"),
-      nb::arg("features"), nb::arg("group"), nb::arg("q_len"), nb::arg("num_sequences"));
+      nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("deterministic"), nb::arg("group"),
+      nb::arg("q_len"), nb::arg("num_sequences"));
+  m.def(
+      "cuda_decode_scratch_floats",
+      [](int64_t batch, int64_t num_kv_heads, int64_t group, int64_t q_len, int64_t kv_len,
+         int head_dim_v) {
+        jfa::Variant variant{};
+        variant.head_dim_v = head_dim_v;
+        return jfa::DecodeScratchFloats(variant, {batch, num_kv_heads, group, q_len, kv_len, 0});
+      },
+      nb::arg("batch"), nb::arg("num_kv_heads"), nb::arg("group"), nb::arg("q_len"),
+      nb::arg("kv_len"), nb::arg("head_dim_v"));
   m.def("cuda_slope_partials", &jfa::SlopePartials, nb::arg("kv_len"), nb::arg("num_sequences"));
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
-        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"));
+        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),
+        nb::arg("rows") = 0);
   m.def("cuda_warm", &Warm, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
-        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"));
+        nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),
+        nb::arg("rows") = 0);
 
   m.def("jit_compile_source", &CompileSource, nb::arg("symbol"), nb::arg("source"),
         nb::arg("arch_name"));

@@ -1,9 +1,11 @@
 #include "cc/plan.h"
 
 #include <algorithm>
+#include <climits>
 #include <tuple>
 
 #include "cc/plan_fp8.h"
+#include "cc/plan_tiles.h"
 
 namespace jfa {
 namespace {
@@ -13,6 +15,9 @@ constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
 constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
+constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
+// CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
+constexpr int64_t kMostDecodeCtas = 192 * 2;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
 int TileClass(int head_dim) {
@@ -35,179 +40,6 @@ TileClasses ClassesOf(const Variant& variant) {
   const int granule = larger == 256 ? 128 : larger >= 128 ? 64 : 32;
   const auto fit = [granule](int size) { return (size + granule - 1) / granule * granule; };
   return {fit(own.head_dim), fit(own.head_dim_v)};
-}
-
-// What of an architecture the tables depend on.
-struct ArchInfo {
-  int smem_kb;  // shared memory that one CTA may ask for
-  int l2_mb;
-};
-
-// Returns false for an architecture without support.
-bool GetArchInfo(int arch, ArchInfo* info) {
-  switch (arch) {
-    case 80:
-      *info = {163, 40};
-      return true;
-    case 86:
-      *info = {99, 6};
-      return true;
-    case 87:
-      *info = {163, 4};
-      return true;
-    case 89:
-      *info = {99, 48};
-      return true;
-    case 90:
-      *info = {227, 50};
-      return true;
-    case 100:
-      *info = {227, 96};
-      return true;
-    case 103:
-      *info = {227, 96};
-      return true;
-    case 120:
-      *info = {99, 64};
-      return true;
-    case 121:
-      *info = {99, 24};
-      return true;
-    default:
-      return false;
-  }
-}
-
-struct FwdTile {
-  int block_m, block_n, warps, stages, min_blocks;
-  bool q_in_regs;
-};
-
-// Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns
-// 32 rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers
-// and it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
-//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307;
-//         3 CTAs 292/241
-//   d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
-//   d192  64x64 339/317; 128x64 8 warps 315/305
-//   d256  64x64 330/265; 128x64 8 warps 312/270; 64x48 315/276; 64x32, 2 stages 302/263
-// The other architectures' rows follow from shared memory and are not measured.
-FwdTile PickFwdTile(int size, int smem_kb) {
-  if (smem_kb < 128) {
-    // About 100 KB per multiprocessor: smaller key blocks keep two CTAs on it up to head dim 128.
-    switch (size) {
-      case 32:
-        return {128, 128, 4, 1, 2, true};
-      case 64:
-        return {128, 64, 4, 1, 2, true};
-      case 96:
-        return {128, 64, 4, 1, 2, false};
-      case 128:
-        return {128, 32, 4, 1, 2, false};
-      case 192:
-        return {128, 64, 8, 1, 1, false};
-      default:
-        return {64, 64, 4, 1, 1, false};
-    }
-  }
-  switch (size) {
-    case 32:
-      return {128, 128, 4, 1, 2, true};
-    case 64:
-      return {128, 64, 4, 2, 2, true};
-    case 96:
-      return {128, 64, 4, 1, 2, false};
-    case 128:
-      return {128, 64, 4, 1, 2, false};
-    // Two CTAs of 96 KB where they fit, else one with twice the rows.
-    default:
-      return smem_kb >= 200 ? FwdTile{64, 64, 4, 1, 2, false} : FwdTile{128, 64, 8, 1, 1, false};
-  }
-}
-
-struct BwdTile {
-  int block_m, block_n, warps, stages, min_blocks;
-  int warps_score_n, warps_kv_n, warps_dq_m;
-};
-
-// Bound by shared-memory reads, so tiles are as large as registers (dK, dV) and shared memory let
-// them be, and each warp's part of every product as square as possible. Measured as above:
-//   d64   128x128 291/273 (scores split 4 x 2: 273/265); 64x128 8 warps 245/233; 64x64, 3 CTAs
-//         269/252; 64x128 with 4 warps 310/272, but it spills 240 bytes
-//   d128  64x128 313/285 (scores 2 x 4: 299/271; 8 x 1: 285/266); 1 stage 299/278; 64x64, 2 CTAs
-//         285/271; 32x128 262/239
-//   d256  64x64 243/227 (scores 4 x 2: 227/218; dQ split 2 x 4: 247/229, but it spills 8 bytes);
-//         1 stage 233/214
-BwdTile PickBwdTile(int size, int smem_kb, bool deterministic) {
-  if (smem_kb < 128) {
-    switch (size) {
-      case 32:
-        return {64, 128, 8, 2, 1, 4, 4, 4};
-      case 64:
-        return {64, 128, 8, 1, 1, 4, 4, 4};
-      case 96:
-        return {64, 64, 8, 1, 1, 4, 4, 4};
-      case 128:
-        return {64, 64, 8, 1, 1, 4, 4, 4};
-      case 192:
-        return {32, 64, 8, 1, 1, 4, 4, 2};
-      default:
-        return {32, 32, 4, 1, 1, 2, 2, 2};
-    }
-  }
-  switch (size) {
-    case 32:
-      return {128, 128, 8, 2, 1, 4, 4, 4};
-    case 64:
-      return {128, 128, 8, 2, 1, 2, 4, 4};
-    case 96:
-      return {64, 128, 8, 2, 1, 4, 4, 4};
-    // Without the dQ product ptxas spills a few bytes unless scores are split 2 x 4, not 4 x 2.
-    case 128:
-      return {64, 128, 8, 2, 1, deterministic ? 2 : 4, 4, 2};
-    case 192:
-      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 4, 4, 2};
-    default:
-      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 2, 2, 1};
-  }
-}
-
-struct DqTile {
-  int block_m, block_n, warps, stages;
-};
-
-DqTile PickDqTile(int size, int smem_kb) {
-  if (smem_kb < 128) {
-    if (size <= 64) return {128, 64, 8, 2};
-    if (size <= 128) return {64, 32, 4, 2};
-    return {64, 32, 4, 1};
-  }
-  if (size <= 128) return {128, 64, 8, 2};
-  return {64, 32, 4, 2};
-}
-
-struct FwdSm90Tile {
-  int block_m, block_n, stages;
-  bool ping_pong;
-  int stages_q = 2;
-};
-
-// The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
-// has what was measured.
-FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
-  const int size = std::max(head_dim, head_dim_v);
-  // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
-  // registers, as do other features at the largest head dim.
-  const bool segments = variant.segments;
-  if (size <= 64) {
-    if (segments || variant.packed) return {128, 128, 2, false};
-    return {192, variant.softcap || variant.alibi ? 112 : 128, 2, true};
-  }
-  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
-  if (size <= 96 && plain && variant.mask == Mask::kFull) return {192, 96, 2, true, 1};
-  if (size <= 128) return {128, segments ? 96 : 128, 2, false};
-  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
-  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
 }
 
 using Fields = std::vector<std::pair<std::string, std::string>>;
@@ -246,7 +78,8 @@ Common MakeCommon(const Variant& variant, const ArchInfo& arch) {
   common.suffix_without_mask = std::string("_") + Name(variant.dtype) + dims;
   common.suffix = common.suffix_without_mask + "_" + Name(variant.mask) +
                   (variant.softcap ? "_softcap" : "") + (variant.alibi ? "_alibi" : "") +
-                  (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "");
+                  (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "") +
+                  (variant.paged ? "_paged" : "");
   common.suffix_without_mask += variant.packed ? "_packed" : "";
   return common;
 }
@@ -278,11 +111,16 @@ void AddTile(Fields* fields, const Variant& variant, const Common& common, int b
 
 KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
   FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
+  // Looking up pages takes registers, of which large tiles have none to spare.
+  if (variant.paged && tile.block_m == 128 && tile.warps == 4) {
+    tile.block_n = std::min(tile.block_n, 32);
+  }
   const int dims = common.head_dim + common.head_dim_v;
   const int smem = 2 * std::max(tile.block_m * common.head_dim + tile.stages * tile.block_n * dims,
                                 tile.block_m * common.head_dim_v);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
+  AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kQInRegs", tile.q_in_regs);
   return {"fwd_sm80.cuh", "jfa_fwd_sm80" + common.suffix, fields, tile.warps * 32, smem};
 }
@@ -312,10 +150,44 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
   return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
           tile.block_n};
+}
+
+// The copy engine wants 16-byte rows, and so does everybody who copies 16 bytes at a time: what
+// isn't aligned goes to the forward kernels.
+std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const ArchInfo& info,
+                                   int arch) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const bool tma = arch == 90 && variant.family != Family::kSm80;
+  const DecodeTile tile =
+      PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant, tma, info.smem_kb);
+  const int warps = 4 + (tma ? 1 : 4);
+  Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
+  AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
+  AddInt(&fields, "kRows", tile.rows);
+  AddBool(&fields, "kTma", tma);
+  const std::string rows = "_r" + std::to_string(tile.rows);
+  KernelSpec decode = {"decode.cuh",
+                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + rows, fields,
+                       warps * 32, tile.smem};
+  if (tma) decode.box_rows_kv = tile.block_n;
+  // Hides what it takes to launch the second kernel.
+  const bool starts_early = arch >= 90;
+  Fields combine;
+  AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
+  AddInt(&combine, "kRows", tile.rows);
+  AddInt(&combine, "kWarps", kCombineRows);
+  AddInt(&combine, "kMinBlocks", 1);
+  KernelSpec second = {"decode_combine.cuh",
+                       std::string("jfa_decode_combine_") + Name(variant.dtype) + rows, combine,
+                       kCombineRows * 32, 0};
+  second.starts_early = starts_early;
+  return {decode, second};
 }
 
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -389,6 +261,8 @@ constexpr Entry kEntries[] = {
     {"fwd_sm90.cuh", "FwdSm90", "FwdSm90Params", true},
     {kFwdFp8File, "FwdFp8Sm90", "FwdSm90Params", true},
     {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
+    {"decode.cuh", "Decode", "DecodeParams", true},
+    {"decode_combine.cuh", "DecodeCombine", "DecodeParams", false},
     {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
     {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
     {"bwd_preprocess.cuh", "BwdPreprocess", "BwdParams", false},
@@ -400,8 +274,8 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes, v.fp8, v.e5m2_q, v.e5m2_k, v.e5m2_v,
-                    v.two_level, v.family);
+                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.e5m2_q,
+                    v.e5m2_k, v.e5m2_v, v.two_level, v.family);
   };
   return fields(a) == fields(b);
 }
@@ -427,6 +301,12 @@ Plan MakePlan(const Variant& variant, int arch) {
   if (variant.fp8) {
     plan.kernels = {MakeFwdFp8(variant, common.head_dim, common.head_dim_v, info.smem_kb * 1024,
                                common.l2_bytes)};
+  } else if (variant.op == Op::kDecode) {
+    if (!common.aligned || variant.segments || variant.packed) {
+      plan.error = "decode: expected head dims that are multiples of 8, no segments and no packing";
+      return plan;
+    }
+    plan.kernels = MakeDecode(variant, common, info, arch);
   } else if (variant.op == Op::kFwd) {
     plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
                                                         : MakeFwd(variant, common, info)};
@@ -454,6 +334,16 @@ Plan MakePlan(const Variant& variant, int arch) {
 Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
               int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
+  if (variant.op == Op::kDecode) {
+    const int64_t ctas = DecodeCtas(plan.kernels.front(), problem, multiprocessors);
+    if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1};
+    const int64_t tiles =
+        problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+    if (problem.alike && ctas > 0 && tiles % ctas == 0) return {0, 1, 1};  // nobody shares a tile
+    const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+    return {static_cast<uint32_t>(std::max<int64_t>(ctas - 1, 0) * CeilDiv(rows, kCombineRows)), 1,
+            1};
+  }
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
   if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
@@ -496,6 +386,55 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
                          (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
   // If in doubt pairs: they also share keys better.
   return paired * 15 <= single * 16;
+}
+
+namespace {
+
+// 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
+constexpr int64_t kDecodeHeaderWords = 4;
+int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
+  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  return 4 + 2 * rows * (2 + head_dim_v);
+}
+
+}  // namespace
+
+int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
+  return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
+}
+
+int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors) {
+  const int64_t rows = problem.q_len * problem.group;
+  if (rows == 0) return 0;
+  const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
+  const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  if (tiles > INT_MAX / blocks) return 0;
+  const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
+                       DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
+  const int64_t ctas =
+      std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
+  if (ctas < tiles) return ctas;
+  // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
+  // merging.
+  constexpr int64_t kShort = 32;
+  if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
+      Field(kernel, "kRows") == 16) {
+    return tiles;
+  }
+  // Equal parts of tiles need less merging: worth a few idle multiprocessors. No more of them than
+  // make the longest one shorter.
+  const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
+  return tiles * CeilDiv(blocks, longest);
+}
+
+int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
+  // The tile differs between architectures, its rows and blocks only by little: the larger ones.
+  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 64);
+  const int64_t tiles = problem.batch * problem.num_kv_heads *
+                        CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
+  const int64_t ctas =
+      std::min(kMostDecodeCtas, tiles * std::max<int64_t>(CeilDiv(problem.kv_len, 16), 1));
+  return kDecodeHeaderWords + ctas * (4 + 2 * rows * (2 + variant.head_dim_v));
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {

@@ -12,7 +12,7 @@
 
 namespace jfa {
 
-enum class Op { kFwd, kBwd };
+enum class Op { kFwd, kBwd, kDecode };
 enum class DType { kF16, kBF16 };  // of the output, and of inputs that aren't of 8 bits
 // What the mask does to the code. Causal is the one-sided case that needs no left bound.
 enum class Mask { kFull, kCausal, kLocal };
@@ -35,6 +35,8 @@ struct Variant {
   bool packed;         // cu_seqlens
   bool deterministic;  // backward only: bitwise repeatable dQ
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
+  bool paged;          // keys are in pages; forward only, decode's code is the same for both
+  int64_t rows;  // decode only: queries of one key head, q_len * group; rounded to a tile class
   // Inputs of 8-bit floats, e4m3 but for those that are e5m2; forward only.
   bool fp8 = false;
   bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
@@ -54,11 +56,14 @@ struct KernelSpec {
   int smem_bytes;  // dynamic shared memory
   // Rows of the boxes of its tensor maps, which its parameters begin with; 0: it takes none.
   int box_rows_q = 0;
-  int box_rows_kv = 0;
+  int box_rows_kv = 0;  // with pages at most: a box never spans two
+  // It is launched while the kernel before it runs, and waits for its results by itself.
+  bool starts_early = false;
   int input_bytes = 2;  // of an element of q, k and v
 };
 
-// The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess).
+// The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
+// decode: main, combine).
 // `error` is non-empty, and kernels empty, when nothing supports the variant on that arch.
 struct Plan {
   std::vector<KernelSpec> kernels;
@@ -76,6 +81,10 @@ struct Problem {
   int64_t q_len;
   int64_t kv_len;
   int64_t num_sequences;  // of a packed batch; 0 if it is dense
+  // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
+  int64_t scratch_floats = 0;
+  int64_t head_dim_v = 0;
+  bool alike = false;  // all its sequences have the same lengths
 };
 
 struct Grid {
@@ -90,11 +99,18 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
 bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
                 int multiprocessors);
 
+// Tiles of a decode call's queries of one key head.
+int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem);
+// How many CTAs share the key blocks of a decode call.
+int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors);
+
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences);
 // float32 words of scratch; 0 for none.
 int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences);
+// float32 words of a whole decode call's scratch that let any GPU use all its CTAs.
+int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem);
 // Places for what warps of key tiles add to the slope of one query head.
 int64_t SlopePartials(int64_t kv_len, int64_t num_sequences);
 

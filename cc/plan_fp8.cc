@@ -42,7 +42,10 @@ std::string CheckFp8(const Variant& variant, int arch) {
     return "float8: expected sm_90 (Hopper), got sm_" + std::to_string(arch) +
            "; use bfloat16, or implementation='xla'";
   }
-  if (variant.op != Op::kFwd) return "float8: expected the forward pass, got the backward pass";
+  if (variant.op == Op::kBwd) return "float8: expected the forward pass, got the backward pass";
+  if (variant.op == Op::kDecode || variant.paged) {
+    return "float8 pages and decoding: not supported; use bfloat16";
+  }
   for (const int dim : {variant.head_dim, variant.head_dim_v}) {
     if (dim % kGranule != 0) {
       return "float8: expected head dims that are multiples of 16, got " + std::to_string(dim);

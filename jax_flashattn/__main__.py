@@ -10,10 +10,14 @@ import sys
 import jax
 
 import jax_flashattn
-from jax_flashattn import _bench, _bench_cuda, _native
+from jax_flashattn import _bench, _bench_cuda, _lowering_cuda, _native
 
 BACKWARD_FEATURES = ("deterministic", "dslopes")
-FEATURES = ("softcap", "alibi", "segments", "packed", *BACKWARD_FEATURES)
+FORWARD_FEATURES = ("paged",)
+FEATURES = ("softcap", "alibi", "segments", "packed", *FORWARD_FEATURES, *BACKWARD_FEATURES)
+# Of decoding, whose kernel takes dense and paged keys, but neither segments nor packed queries.
+DECODE_FEATURES = ("softcap", "alibi")
+DECODE_ROWS = (16, 32, 64)  # of a tile: queries of one key head, rounded up
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -58,14 +62,9 @@ def _cache(args: argparse.Namespace) -> None:
     _print_cache()
 
 
-def _arch_of_device() -> list[int]:
-    names = {device["arch"] for device in _native.cuda_devices()["devices"]}
-    return sorted(int(name.removeprefix("sm_").rstrip("af")) for name in names)
-
-
 def _warmup(args: argparse.Namespace) -> None:
     try:
-        archs = args.arch or _arch_of_device()
+        archs = args.arch or _lowering_cuda.device_archs()
     except RuntimeError as error:
         sys.exit(f"no GPU to compile for ({error}); name one with --arch, as 80 or 90")
     jobs = list(
@@ -74,9 +73,16 @@ def _warmup(args: argparse.Namespace) -> None:
 
     def compile_one(job: tuple[str, str, tuple[int, int], str, list[str], int]) -> int:
         op, dtype, (head_dim, head_dim_v), mask, features, arch = job
-        if op == "fwd":
-            features = [x for x in features if x not in BACKWARD_FEATURES]
-        return len(_native.cuda_warm(op, dtype, head_dim, head_dim_v, mask, features, arch))
+        if op == "decode":
+            features = [x for x in features if x in DECODE_FEATURES]
+        else:
+            others = BACKWARD_FEATURES if op == "fwd" else FORWARD_FEATURES
+            features = [x for x in features if x not in others]
+        all_rows = DECODE_ROWS if op == "decode" else (0,)
+        return sum(
+            len(_native.cuda_warm(op, dtype, head_dim, head_dim_v, mask, features, arch, rows))
+            for rows in all_rows
+        )
 
     width = max(10, shutil.get_terminal_size().columns - 40)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -120,7 +126,7 @@ def main() -> None:
     cache.set_defaults(run=_cache)
 
     warmup = commands.add_parser("warmup", help="compile CUDA kernels ahead of their first call")
-    warmup.add_argument("--op", nargs="+", choices=["fwd", "bwd"], default=["fwd", "bwd"])
+    warmup.add_argument("--op", nargs="+", choices=["fwd", "bwd", "decode"], default=["fwd", "bwd"])
     dtypes = ["bfloat16", "float16"]
     warmup.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes[:1])
     warmup.add_argument(

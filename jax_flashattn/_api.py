@@ -175,7 +175,8 @@ def attention(
       hide must be finite; padding may be NaN.
 
     Raises:
-      TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed.
+      TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed,
+        arrays sharded over sequence or head dim by explicit mesh axes.
       ValueError: shapes that don't fit together, a negative window, `sink_tokens` without window or
         causal mask, an unknown implementation, float8 options without float8 inputs.
       UnsupportedError: `bias` or `mask` (a dense [T, S] array is what this function avoids), head

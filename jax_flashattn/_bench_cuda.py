@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashattn import _bench_features, _native
+from jax_flashattn import _bench_features, _bench_serve, _native
 from jax_flashattn._api import attention
 from jax_flashattn._timing import Timer, repeats_for, timers
 
@@ -134,6 +134,7 @@ def run(output: pathlib.Path | None) -> None:
         mean = statistics.geometric_mean(values)
         print(f"{op} over {name}: {mean:.2f}x in the geometric mean, {min(values):.2f}x at least")
     features = _bench_features.run(heads=HIDDEN // 128, speed=SPEED)
+    rows += _bench_serve.run()
     if output is not None:
         cuda = _native.cuda_devices()
         report = {

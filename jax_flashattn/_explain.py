@@ -80,8 +80,7 @@ def explain(
     ops = ("fwd",) if _fp8.is_fp8(q) else ("fwd", "bwd")
     variants = [_lowering_cuda.variant(spec, op, q, k, v) for op in ops]
     if arch is None:
-        name = _native.cuda_devices()["devices"][0]["arch"]
-        arch = int(name.removeprefix("sm_").rstrip("af"))
+        arch = _lowering_cuda.device_archs()[0]
     kernels = []
     for variant in variants:
         plan = _native.cuda_explain(**variant, arch=arch)

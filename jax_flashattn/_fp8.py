@@ -15,7 +15,6 @@ from jax_flashattn._spec import FP8_DTYPES, UnsupportedError
 
 OUT_DTYPES = (jnp.bfloat16, jnp.float16)
 ACCUMULATIONS = ("fast", "two_level")
-AUX = ("qk_scale", "v_scale")  # of AUX_NAMES
 
 NO_GRADIENT_ADVICE = (
     "attention of float8 inputs is not differentiable; differentiate it in bfloat16, or name "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flashattn import _lowering_cpu, _lowering_cuda, _reference
+from jax_flashattn import _explicit, _lowering_cpu, _lowering_cuda, _lowering_serve, _reference
 from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 
@@ -39,9 +39,8 @@ def _bwd_reference(
     aux = dict(zip(spec.aux, rest, strict=True))
     (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     queries, keys = _reference.tokens(T, S, aux)
-    zero = lambda x, exists: jnp.where(exists[:, :, None, None], x, 0)  # noqa: E731 (five uses)
-    q, out, dout = (zero(x, queries.exists) for x in (q, out, dout))
-    k, v = zero(k, keys.exists), zero(v, keys.exists)
+    q, out, dout = (_reference.zero_padding(x, queries.exists) for x in (q, out, dout))
+    k, v = (_reference.zero_padding(x, keys.exists) for x in (k, v))
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     rows = lambda x: x.reshape(B, T, K, N // K, -1)  # noqa: E731 (five uses)
     scalars = lambda x: x.reshape(B, K, N // K, T, 1)  # noqa: E731 (two uses)
@@ -65,21 +64,67 @@ def _bwd_reference(
     return gradients
 
 
-def _lower_dense(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
-    _check_implementation(params["spec"], "/".join(ctx.platforms or ctx.module_context.platforms))
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
+def _paged_reference(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+) -> tuple[jax.Array, jax.Array]:
+    arrays = dict(zip(spec.aux, aux, strict=True))
+    return _reference.paged_attention(spec, q, k_pages, v_pages, arrays, layout=layout)
+
+
+def _name_of(platform: str | None, ctx: Any) -> str:
+    """Of a platform without kernels only `ctx` knows the name."""
+    return platform or "/".join(ctx.platforms or ctx.module_context.platforms)
 
 
 def _lower(
-    platform: str, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+    platform: str | None,
+    function: Callable[..., Any],
+    axes: Callable[..., Any],
+    ctx: Any,
+    *operands: Any,
+    **params: Any,
 ) -> Any:
-    _check_implementation(params["spec"], platform)
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
+    """The rule of a platform; None is for those without kernels."""
+    _check_implementation(params["spec"], _name_of(platform, ctx))
+    run = partial(_explicit.on_shards, partial(function, **params), *axes(**params), ctx.avals_out)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
 
-fwd_dense = partial(_lower_dense, _fwd_reference)
-bwd_dense = partial(_lower_dense, _bwd_reference)
-fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward)
-bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward)
-fwd_cuda = partial(_lower, "cuda", _lowering_cuda.forward)
-bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward)
+_fwd, _bwd = _explicit.forward_axes, _explicit.backward_axes
+fwd_dense = partial(_lower, None, _fwd_reference, _fwd)
+bwd_dense = partial(_lower, None, _bwd_reference, _bwd)
+fwd_cpu = partial(_lower, "cpu", _lowering_cpu.forward, _fwd)
+bwd_cpu = partial(_lower, "cpu", _lowering_cpu.backward, _bwd)
+bwd_cuda = partial(_lower, "cuda", _lowering_cuda.backward, _bwd)
+
+
+def fwd_cuda(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
+    """Few queries have a kernel of their own."""
+    q, k, v = ctx.avals_in[:3]
+    function: Callable[..., Any] = _lowering_cuda.forward
+    if _lowering_serve.decodes(q, v, k.shape[2], spec):
+        function = partial(_lowering_serve.decode, shards=_lowering_serve.num_shards(ctx))
+    return _lower("cuda", function, _fwd, ctx, *operands, spec=spec)
+
+
+def _lower_paged(
+    platform: str | None, function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+) -> Any:
+    """Pages belong to no sequence: in explicit mode too they are left to the partitioner."""
+    _check_implementation(params["spec"], _name_of(platform, ctx))
+    return mlir.lower_fun(partial(function, **params), multiple_results=True)(ctx, *operands)
+
+
+def paged_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+    """Decoding, chunks of prefill and mixed batches."""
+    function = partial(_lowering_serve.paged, shards=_lowering_serve.num_shards(ctx))
+    return _lower_paged("cuda", function, ctx, *operands, **params)
+
+
+paged_dense = partial(_lower_paged, None, _paged_reference)
+paged_cpu = partial(_lower_paged, "cpu", _lowering_cpu.paged_forward)

@@ -9,14 +9,15 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_flashattn import _fp8, _native
-from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._calls import Primitive, attributes, forward_avals, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import AttentionSpec, Dims
-from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+from jax_flashattn._spec import PER_KV_HEAD_AUX, AttentionSpec, Dims
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET
 
 _fwd_p = Primitive("flash_attention_fwd_cpu")
 _bwd_p = Primitive("flash_attention_bwd_cpu")
-for _p in (_fwd_p, _bwd_p):
+_paged_p = Primitive("paged_attention_cpu")
+for _p in (_fwd_p, _bwd_p, _paged_p):
     _p.multiple_results = True
 
 # Axes of the optional arrays; z: sequences of a packed batch, y: their boundaries.
@@ -39,7 +40,7 @@ def forward(
     if not _fp8.is_fp8(q):
         return _fwd_p.bind(q, k, v, *aux, spec=spec)
     arrays = dict(zip(spec.aux, aux, strict=True))
-    plain = spec.without_aux(*_fp8.AUX)
+    plain = spec.without_aux(*PER_KV_HEAD_AUX)
     q, k, v = _fp8.dequantize(q, k, v, arrays)
     out, lse = _fwd_p.bind(q, k, v, *(arrays[name] for name in plain.aux), spec=plain)
     return [out.astype(spec.out_dtype), lse]
@@ -56,11 +57,7 @@ def backward(
 
 @_fwd_p.def_abstract_eval
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
-    d = Dims.of(q, k, v)
-    return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
-        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
-    ]
+    return forward_avals(q, k, v)
 
 
 @_bwd_p.def_abstract_eval
@@ -70,27 +67,16 @@ def _(q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, has_dlse: bool) -
     if "alibi_slopes" in spec.aux:
         results.append(result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32))
     # The kernels' scratch is one more result, which XLA plans.
-    num_sequences = rest[-1].shape[1] - 1 if "cu_seqlens_kv" in spec.aux else 0
-    floats = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H, num_sequences)
+    floats = _native.cpu_bwd_scratch_floats(d.T, d.N, d.K, d.H, num_sequences(spec, rest))
     return [*results, result_aval(q, (d.B, floats), (0, None), jnp.float32)]
 
 
 def _partition(
     ctx: Any, spec: AttentionSpec, operands: Sequence[str], results: Sequence[str]
 ) -> dict[str, Any]:
-    d = Dims.of(*ctx.avals_in[:3])
-    sizes = {"b": d.B, "t": d.T, "s": d.S, "n": d.N, "k": d.K, "h": d.H, "d": d.Hv}
-    packed = "cu_seqlens_q" in spec.aux
-    offset_axes = {"query_offset": "bz" if packed else "b"}
+    offset_axes = {"query_offset": "bz" if "cu_seqlens_q" in spec.aux else "b"}
     axes = [{**_AUX_AXES, **offset_axes}[name] for name in spec.aux]
-    if packed:
-        boundaries = ctx.avals_in[-1].shape[1]
-        sizes["y"] = boundaries
-        if "query_offset" in spec.aux:
-            sizes["z"] = boundaries - 1
-    if "x" in results[-1]:
-        sizes["x"] = ctx.avals_out[-1].shape[1]
-    return partition_attributes([*operands, *axes], results, sizes, 1)
+    return partition_attributes(ctx, [*operands, *axes], results, 1)
 
 
 def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
@@ -112,5 +98,36 @@ def _lower_bwd(ctx: Any, *operands: Any, spec: AttentionSpec, has_dlse: bool) ->
     return lower(ctx, *operands, **attributes(spec), has_dlse=np.bool_(has_dlse))
 
 
+# Pages: where they lie, without a copy. Nothing is said about partitioning, because no axis leads
+# every operand: XLA gathers what is sharded, and `shard_map` is the way to split.
+
+
+def paged_forward(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *aux: jax.Array,
+    spec: AttentionSpec,
+    layout: str,
+) -> list[jax.Array]:
+    """`paged_p` by the CPU kernels."""
+    return _paged_p.bind(q, k_pages, v_pages, *aux, spec=spec, layout=layout)
+
+
+@_paged_p.def_abstract_eval
+def _(q: Any, k_pages: Any, v_pages: Any, *aux: Any, spec: AttentionSpec, layout: str) -> list[Any]:
+    B, T, N, _ = q.shape
+    return [
+        result_aval(q, (B, T, N, v_pages.shape[-1]), (0, 1, 2, None), q.dtype),
+        result_aval(q, (B, N, T), (0, 2, 1), jnp.float32),
+    ]
+
+
+def _lower_paged(ctx: Any, *operands: Any, spec: AttentionSpec, layout: str) -> Any:
+    lower = jax.ffi.ffi_lowering(PAGED_TARGET)
+    return lower(ctx, *operands, **attributes(spec), heads_first=np.bool_(layout == "HND"))
+
+
+mlir.register_lowering(_paged_p, _lower_paged, platform="cpu")
 mlir.register_lowering(_fwd_p, _lower_fwd, platform="cpu")
 mlir.register_lowering(_bwd_p, _lower_bwd, platform="cpu")

@@ -5,6 +5,7 @@ split alike, at the cost of bitcasts.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_flashattn import _fp8, _native
-from jax_flashattn._calls import Primitive, attributes
+from jax_flashattn._calls import Primitive, attributes, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import (
     PER_HEAD_AUX,
+    PER_KV_HEAD_AUX,
     AttentionSpec,
     KernelNotCachedError,
     UnsupportedError,
@@ -36,9 +38,19 @@ for _p in (_fwd_p, _bwd_p):
 
 
 def variant(
-    spec: AttentionSpec, op: str, q: Any, k: Any, v: Any, *, has_dslopes: bool = False
+    spec: AttentionSpec,
+    op: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    has_dslopes: bool = False,
+    rows: int = 0,
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it; of arrays only dtype and shape count."""
+    """What of a call changes code, as `_native` takes it; of arrays only dtype and shape count.
+
+    `rows` are the queries of one key head, for op 'decode'.
+    """
     features = {
         "softcap": spec.soft_cap is not None,
         "alibi": "alibi_slopes" in spec.aux,
@@ -46,6 +58,7 @@ def variant(
         "packed": "cu_seqlens_q" in spec.aux,
         "deterministic": op == "bwd" and spec.deterministic,
         "dslopes": has_dslopes,
+        "paged": op == "fwd" and "page_table" in spec.aux,
         "fp8": _fp8.is_fp8(q),
         "e5m2_q": q.dtype == jnp.float8_e5m2,
         "e5m2_k": k.dtype == jnp.float8_e5m2,
@@ -59,19 +72,33 @@ def variant(
         "head_dim_v": v.shape[-1],
         "mask": spec.mask_kind,
         "features": [name for name, given in features.items() if given],
+        "rows": rows,
     }
 
 
-def _local_archs() -> set[int]:
-    """Architectures of this machine's GPUs; none on a machine that compiles for another."""
+def device_archs() -> list[int]:
+    """Architectures of the GPUs here, such as 80 or 90; RuntimeError without a driver."""
+    names = [device["arch"] for device in _native.cuda_devices()["devices"]]
+    return list(dict.fromkeys(int(name.removeprefix("sm_").rstrip("af")) for name in names))
+
+
+def _local_archs() -> list[int]:
+    """The same; none on a machine that compiles for another."""
     try:
-        names = {device["arch"] for device in _native.cuda_devices()["devices"]}
+        return device_archs()
     except RuntimeError:
-        return set()
-    return {int(name.removeprefix("sm_").rstrip("af")) for name in names}
+        return []
 
 
-def _require_cached(variant: dict[str, Any]) -> None:
+def _arch_to_compile_for() -> int:
+    """Of `JFA_CUDA_ARCH`, for compiling ahead of time; else 0, the device at hand."""
+    text = os.environ.get("JFA_CUDA_ARCH", "")
+    if not re.fullmatch(r"\d*", text):
+        raise ValueError(f"JFA_CUDA_ARCH must be a number such as 80 or 90, got {text!r}")
+    return int(text or 0)
+
+
+def require_cached(variant: dict[str, Any]) -> None:
     """With `JFA_DISABLE_JIT=1`, raises KernelNotCachedError where a GPU of this machine would.
 
     XLA compiles later and elsewhere, and its errors have no type.
@@ -88,8 +115,10 @@ def _require_cached(variant: dict[str, Any]) -> None:
 
 
 def _require_architecture(variant: dict[str, Any]) -> None:
-    """Raises UnsupportedError if no GPU of this machine runs the variant: XLA says it later."""
-    errors = [_native.cuda_explain(**variant, arch=arch)["error"] for arch in _local_archs()]
+    """Raises UnsupportedError if no GPU that we compile for runs it: XLA would say it later."""
+    arch = _arch_to_compile_for()
+    archs = [arch] if arch else _local_archs()
+    errors = [_native.cuda_explain(**variant, arch=arch)["error"] for arch in archs]
     if errors and all(errors):
         raise UnsupportedError(errors[0])
 
@@ -111,17 +140,17 @@ def check_supported(q: Any, v: Any) -> None:
 # From [B, T, N, H] to the custom call's shapes and back.
 
 
-def _split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
+def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
     B, T, N, H = x.shape
     return x.reshape(B, T, num_kv_heads, N // num_kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
-def _merge_heads(x: jax.Array) -> jax.Array:
+def merge_heads(x: jax.Array) -> jax.Array:
     B, K, G, T, H = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _keys_first(x: jax.Array) -> jax.Array:
+def keys_first(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
@@ -134,7 +163,7 @@ def _segment_ranges(ids: jax.Array) -> jax.Array:
     return jnp.stack([ids.min(axis=-1), ids.max(axis=-1)], axis=-1)
 
 
-def _aux_operands(
+def aux_operands(
     spec: AttentionSpec, aux: Sequence[jax.Array], num_kv_heads: int
 ) -> list[jax.Array]:
     """The optional arrays with the axes B and K in front; ranges of segment ids after the ids."""
@@ -144,7 +173,7 @@ def _aux_operands(
         if name in PER_HEAD_AUX:
             operands.append(x.reshape(B, num_kv_heads, -1))
             continue
-        if name in _fp8.AUX:
+        if name in PER_KV_HEAD_AUX:
             operands.append(x)
             continue
         per_kv_head = [x, _segment_ranges(x)] if "segment_ids" in name else [x]
@@ -162,12 +191,12 @@ def forward(
     wanted = variant(spec, "fwd", q, k, v)
     if _fp8.is_fp8(q):
         _require_architecture(wanted)
-    _require_cached(wanted)
+    require_cached(wanted)
     B, T, N, _ = q.shape
     K = k.shape[2]
-    operands = _split_heads(q, K), _keys_first(k), _keys_first(v), *_aux_operands(spec, aux, K)
+    operands = split_heads(q, K), keys_first(k), keys_first(v), *aux_operands(spec, aux, K)
     out, lse = _fwd_p.bind(*operands, spec=spec)
-    return _merge_heads(out), lse.reshape(B, N, T)
+    return merge_heads(out), lse.reshape(B, N, T)
 
 
 def backward(
@@ -176,31 +205,27 @@ def backward(
     """`bwd_p` by the CUDA kernels."""
     q, k, v, out, lse, dout, *rest = operands
     check_supported(q, v)
-    _require_cached(variant(spec, "bwd", q, k, v, has_dslopes=has_dslopes))
+    require_cached(variant(spec, "bwd", q, k, v, has_dslopes=has_dslopes))
     B, T, N, _ = q.shape
     K = k.shape[2]
     rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
     dlse, aux = rest[:has_dlse], rest[has_dlse:]
     dq, dk, dv, *more, _ = _bwd_p.bind(
-        _split_heads(q, K),
-        _keys_first(k),
-        _keys_first(v),
-        _split_heads(out, K),
+        split_heads(q, K),
+        keys_first(k),
+        keys_first(v),
+        split_heads(out, K),
         rows(lse),
-        _split_heads(dout, K),
+        split_heads(dout, K),
         *(rows(x) for x in dlse),
-        *_aux_operands(spec, aux, K),
+        *aux_operands(spec, aux, K),
         spec=spec,
         has_dlse=has_dlse,
         has_dslopes=has_dslopes,
     )
     # Each warp of each key tile leaves what it found for a head's slope.
     dslopes = [jnp.sum(x, axis=-1).reshape(B, N) for x in more]
-    return [_merge_heads(dq), _keys_first(dk), _keys_first(dv), *dslopes]
-
-
-def _num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
-    return aux[-1].shape[-1] - 1 if "cu_seqlens_kv" in spec.aux else 0
+    return [merge_heads(dq), keys_first(dk), keys_first(dv), *dslopes]
 
 
 @_fwd_p.def_abstract_eval
@@ -218,12 +243,17 @@ def _(
 ) -> list[Any]:
     B, K, G, T, _ = q.shape
     results = [result_aval(x, x.shape, range(x.ndim), x.dtype) for x in (q, k, v)]
-    num_sequences = _num_sequences(spec, rest)
+    sequences = num_sequences(spec, rest)
     if has_dslopes:
-        partials = _native.cuda_slope_partials(k.shape[2], num_sequences)
+        partials = _native.cuda_slope_partials(k.shape[2], sequences)
         results.append(result_aval(q, (B, K, G, partials), (0, 1, 2, None), jnp.float32))
-    floats = _native.cuda_scratch_floats(
-        **variant(spec, "bwd", q, k, v), group=G, q_len=T, num_sequences=num_sequences
+    floats = _native.cuda_bwd_scratch_floats(
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        deterministic=spec.deterministic,
+        group=G,
+        q_len=T,
+        num_sequences=sequences,
     )
     scratch = result_aval(q, (B, K, max(1, floats)), (0, 1, None), jnp.float32)
     return [*results, scratch]
@@ -263,6 +293,19 @@ def _fp8_attribute(spec: AttentionSpec, *inputs: Any) -> np.int64:
     return np.int64(sum(int(flag) << bit for bit, flag in enumerate(flags)))
 
 
+def code_attributes(spec: AttentionSpec, q: Any, v: Any) -> dict[str, Any]:
+    """What beside `attributes` decides the kernels, said in attributes too.
+
+    They are compiled before a runtime need show any operand.
+    """
+    return {
+        "is_bf16": np.bool_(jnp.dtype(spec.out_dtype or q.dtype) == jnp.bfloat16),
+        "head_dim": np.int64(q.shape[-1]),
+        "head_dim_v": np.int64(v.shape[-1]),
+        "arch": np.int64(_arch_to_compile_for()),
+    }
+
+
 def _lower(
     target: str,
     ctx: Any,
@@ -278,30 +321,19 @@ def _lower(
     axes = [*inputs]
     for name in spec.aux:
         axes += {**_AUX_AXES, **offset_axes}[name]
-    avals = [*ctx.avals_in, *ctx.avals_out]
-    sizes = {
-        letter: size
-        for letters, aval in zip([*axes, *results], avals, strict=True)
-        for letter, size in zip(letters, aval.shape, strict=True)
-    }
     q, k, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         target,
         operand_layouts=[_layout(x) for x in axes],
         result_layouts=[_layout(x) for x in results],
-        extra_attributes=partition_attributes(axes, results, sizes, 2),
+        extra_attributes=partition_attributes(ctx, axes, results, 2),
     )
     return lower(
         ctx,
         *operands,
         **attributes(spec),
-        # What decides the kernels is said here too, because they are compiled before a runtime need
-        # show any operand. arch 0 is the device at hand, whose context is current then.
-        is_bf16=np.bool_(jnp.dtype(spec.out_dtype or q.dtype) == jnp.bfloat16),
+        **code_attributes(spec, q, v),
         fp8=_fp8_attribute(spec, q, k, v),
-        head_dim=np.int64(q.shape[-1]),
-        head_dim_v=np.int64(v.shape[-1]),
-        arch=np.int64(0),
         **more,
     )
 

@@ -10,16 +10,16 @@ def cpu_bwd_scratch_floats(
 def cuda_handlers() -> dict[str, dict[str, Any]]: ...
 def cuda_state_type() -> Any: ...
 def cuda_devices() -> dict[str, Any]: ...
-def cuda_scratch_floats(
-    op: str,
-    dtype: str,
+def cuda_bwd_scratch_floats(
     head_dim: int,
     head_dim_v: int,
-    mask: str,
-    features: Sequence[str],
+    deterministic: bool,
     group: int,
     q_len: int,
     num_sequences: int,
+) -> int: ...
+def cuda_decode_scratch_floats(
+    batch: int, num_kv_heads: int, group: int, q_len: int, kv_len: int, head_dim_v: int
 ) -> int: ...
 def cuda_slope_partials(kv_len: int, num_sequences: int) -> int: ...
 def cuda_explain(
@@ -30,6 +30,7 @@ def cuda_explain(
     mask: str,
     features: Sequence[str],
     arch: int,
+    rows: int = 0,
 ) -> dict[str, Any]: ...
 def cuda_warm(
     op: str,
@@ -39,6 +40,7 @@ def cuda_warm(
     mask: str,
     features: Sequence[str],
     arch: int,
+    rows: int = 0,
 ) -> list[dict[str, Any]]: ...
 def jit_compile_source(symbol: str, source: str, arch_name: str) -> dict[str, Any]: ...
 def jit_stats() -> dict[str, Any]: ...

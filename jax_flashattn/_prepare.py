@@ -21,8 +21,8 @@ class Call(NamedTuple):
 
     spec: AttentionSpec
     q: jax.Array  # [B, T, N, H]
-    k: jax.Array  # [B, S, K, H]
-    v: jax.Array  # [B, S, K, Hv]
+    k: jax.Array  # [B, S, K, H], or pages
+    v: jax.Array  # [B, S, K, Hv], or pages
     aux: dict[str, jax.Array]  # as AUX_NAMES says
 
 
@@ -85,9 +85,9 @@ def packed(
         raise ValueError(
             f"cu_seqlens_kv must be given where q and k differ in length, got {T} and {S} tokens"
         )
-    ends_q = _boundaries("cu_seqlens_q", cu_seqlens_q, batch, T)
+    ends_q = boundaries("cu_seqlens_q", cu_seqlens_q, batch, T)
     ends_kv = (
-        ends_q if cu_seqlens_kv is None else _boundaries("cu_seqlens_kv", cu_seqlens_kv, batch, S)
+        ends_q if cu_seqlens_kv is None else boundaries("cu_seqlens_kv", cu_seqlens_kv, batch, S)
     )
     if ends_q.shape != ends_kv.shape:
         raise ValueError(
@@ -104,6 +104,58 @@ def packed(
     elif offset is None:
         offset = _offset_per_packed_sequence(query_offset, batch, num_sequences)
     return _finish(q, k, v, batch, offset, aux, **options)
+
+
+def paged(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    lengths: Any,
+    layout: str,
+    *,
+    cu_seqlens_q: Any = None,
+    query_offset: Any = None,
+    query_seq_lengths: Any = None,
+    **options: Any,
+) -> Call:
+    """The canonical form of a call of `paged_attention`; `options` are those of `_finish`."""
+    _check_implementation(options.get("implementation"))
+    q = jnp.asarray(q) if isinstance(q, np.ndarray) else q
+    packed = cu_seqlens_q is not None
+    dense = options.get("implementation") == "xla"
+    _spec.check_pages(q, k_pages, v_pages, page_table, lengths, layout, packed=packed, dense=dense)
+    capacity = page_table.shape[1] * k_pages.shape[_spec.page_axes(layout)[0]]
+    num_sequences, T = page_table.shape[0], q.shape[-3]
+    lengths = jnp.clip(lengths, 0, capacity)
+    aux: dict[str, jax.Array] = {"kv_lengths": lengths, "page_table": page_table}
+    if packed:
+        if query_seq_lengths is not None:
+            raise ValueError(
+                "query_seq_lengths must be left out with cu_seqlens_q, which says the same"
+            )
+        aux["cu_seqlens_q"] = ends = boundaries("cu_seqlens_q", cu_seqlens_q, (), T)
+        if ends.shape[0] != num_sequences + 1:
+            raise ValueError(
+                f"cu_seqlens_q must have shape ({num_sequences + 1},), one more than the "
+                f"sequences of the cache, got {ends.shape}"
+            )
+        q_lengths = jnp.diff(ends)
+    elif query_seq_lengths is not None:
+        q_lengths = _spec.int32_per_sequence(
+            "query_seq_lengths", query_seq_lengths, (num_sequences,)
+        )
+        q_lengths = aux["q_lengths"] = jnp.clip(q_lengths, 0, T)
+    else:
+        q_lengths = jnp.int32(T)
+    offset = _static_offset(query_offset)
+    if offset == "end":
+        offset = lengths - q_lengths
+    elif offset is None:
+        offset = _spec.int32_per_sequence("query_offset", query_offset, (num_sequences,))
+    # Packed sequences are one element of the batch.
+    batch = () if packed else (num_sequences,)
+    return _finish(q, k_pages, v_pages, batch, offset, aux, **options)
 
 
 def _finish(
@@ -125,7 +177,7 @@ def _finish(
     implementation: Any = None,
     **of_fp8: Any,
 ) -> Call:
-    """What dense and packed calls share."""
+    """What dense, packed and paged calls share."""
     is_causal = _spec.static_bool("is_causal", is_causal)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
@@ -141,13 +193,14 @@ def _finish(
         if soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
     left, right = _window(local_window_size)
-    has_window = any(x is not None for x in _pair(local_window_size))
+    has_window = left is not None or right is not None
     sink_tokens = min(_spec.static_int("sink_tokens", sink_tokens, 0), _spec.MAX_LENGTH)
     if sink_tokens and not is_causal and not has_window:
         raise ValueError(
             f"sink_tokens must come with a window or a causal mask, got {sink_tokens} without: "
             "all keys are visible already"
         )
+    left, right = (None if x is None or x > MAX_WINDOW else x for x in (left, right))
     if is_causal:
         right = None  # what causality hides anyway
     elif right == 0 and left is None and not sink_tokens:
@@ -185,40 +238,35 @@ def _finish(
         **fp8_fields,
     )
     B = math.prod(batch)
-    q, k, v = (x.reshape(B, *x.shape[-3:]) for x in (q, k, v))
+    q = q.reshape(B, *q.shape[-3:])
+    if "page_table" not in aux:  # pages belong to no batch element
+        k, v = (x.reshape(B, *x.shape[-3:]) for x in (k, v))
     aux = {name: x.reshape(B, *x.shape[len(batch) :]) for name, x in aux.items()}
     return Call(spec, q, k, v, aux)
 
 
 def _arrays(q: Any, k: Any, v: Any, implementation: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """q, k and v, checked, and their batch axes."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
-        )
+    _check_implementation(implementation)
     q, k, v = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (q, k, v))
     _spec.check_arrays(q, k, v, dense=implementation == "xla")
     return q, k, v, tuple(q.shape[:-3])
 
 
-def _pair(size: Any) -> tuple[Any, Any]:
-    """`local_window_size` as (left, right)."""
-    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    if isinstance(left, (tuple, list)):
-        raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
-    return left, right
+def _check_implementation(name: Any) -> None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {name!r}")
 
 
 def _window(size: Any) -> tuple[int | None, int | None]:
-    """Keys visible to the left and to the right of the position; None is open."""
+    """`local_window_size` as (left, right), of which None is open."""
+    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    if isinstance(left, (tuple, list)):
+        raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
 
     def side(x: Any) -> int | None:
-        if x is None:
-            return None
-        size = _spec.static_int("local_window_size", x, 0)
-        return None if size > MAX_WINDOW else size
+        return None if x is None else _spec.static_int("local_window_size", x, 0)
 
-    left, right = _pair(size)
     return side(left), side(right)
 
 
@@ -247,7 +295,7 @@ def _offset_per_packed_sequence(offset: Any, batch: Sequence[int], num_sequences
         [(), (num_sequences,), shape],
         f"be a scalar or have shape ({num_sequences},) or {shape}, one value per sequence",
     )
-    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
+    return jnp.broadcast_to(x, shape)
 
 
 def _segment_ids(ids: Any, batch: tuple[int, ...], T: int, S: int) -> tuple[jax.Array, jax.Array]:
@@ -266,25 +314,24 @@ def _segment_ids(ids: Any, batch: tuple[int, ...], T: int, S: int) -> tuple[jax.
         shapes = [(*batch, length), (length,)]
         what = f"have shape {shapes[0]} or ({length},)"
         x = _spec.int32_array(f"segment_ids of {name}", x, shapes, what)
-        return jnp.broadcast_to(x.reshape((1,) * (len(shapes[0]) - x.ndim) + x.shape), shapes[0])
+        return jnp.broadcast_to(x, shapes[0])
 
     return canonical("queries", ids[0], T), canonical("keys", ids[1], S)
 
 
-def _boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Array:
+def boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Array:
     """Where sequences begin and end: int32 `[*batch, n + 1]`, rising from 0, at most `total`.
 
     What isn't so is made so: an end before its begin is an empty sequence.
     """
-    if jnp.ndim(x) not in (1, 1 + len(batch)) or jnp.shape(x)[-1] < 2:
+    if np.ndim(x) not in (1, 1 + len(batch)) or np.shape(x)[-1] < 2:
         raise ValueError(
             f"{name} must have shape [n + 1] or {[*batch, 'n + 1']} with n >= 1 sequences, "
-            f"got {jnp.shape(x)}"
+            f"got {np.shape(x)}"
         )
-    shape = (*batch, jnp.shape(x)[-1])
+    shape = (*batch, np.shape(x)[-1])
     x = _spec.int32_array(
         name, x, [shape, shape[-1:]], f"have shape {shape} or {shape[-1:]} (sequences + 1)"
     )
-    x = jnp.clip(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), 0, total)
-    x = lax.cummax(x.at[..., 0].set(0), axis=x.ndim - 1)
+    x = lax.cummax(jnp.clip(x, 0, total).at[..., 0].set(0), axis=x.ndim - 1)
     return jnp.broadcast_to(x, shape)

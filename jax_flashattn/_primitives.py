@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_flashattn import _lowering
-from jax_flashattn._calls import Primitive
+from jax_flashattn import _explicit, _lowering
+from jax_flashattn._calls import Primitive, forward_avals
 from jax_flashattn._sharding import result_aval
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, Dims, UnsupportedError
+from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, UnsupportedError
 
 FORWARD_MODE_ADVICE = (
     "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
@@ -36,17 +35,14 @@ for _p in (fwd_p, tangent_p, bwd_p):
 
 
 def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
-    d = Dims.of(q, k, v)
-    return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), spec.out_dtype or q.dtype),
-        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
-    ]
+    _explicit.check(q, k, v)
+    return forward_avals(q, k, v, spec.out_dtype)
 
 
 def _tangent_abstract(
     q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, wrt: tuple[str, ...]
 ) -> list[Any]:
-    return _fwd_abstract(q, k, v, spec=spec)
+    return forward_avals(q, k, v)
 
 
 def _bwd_abstract(
@@ -54,7 +50,8 @@ def _bwd_abstract(
 ) -> list[Any]:
     gradients = [result_aval(x, x.shape, range(4), x.dtype) for x in (q, k, v)]
     if has_dslopes:
-        gradients.append(result_aval(q, (q.shape[0], q.shape[2]), (0, 2), jnp.float32))
+        slopes = rest[3 + has_dlse + spec.aux.index("alibi_slopes")]
+        gradients.append(result_aval(slopes, slopes.shape, (0, 1), jnp.float32))
     return gradients
 
 
@@ -66,11 +63,6 @@ bwd_p.def_abstract_eval(_bwd_abstract)
 # Batching: a mapped axis becomes part of B, or of the heads when only the queries are mapped.
 
 
-def _fold_into_batch(x: jax.Array, dim: int | None, size: int) -> jax.Array:
-    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return x.reshape(size * x.shape[1], *x.shape[2:])
-
-
 def _mapped_size(args: Sequence[Any], dims: Sequence[int | None]) -> int:
     return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
 
@@ -78,15 +70,24 @@ def _mapped_size(args: Sequence[Any], dims: Sequence[int | None]) -> int:
 def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
     dims = [d if isinstance(d, int) else None for d in dims]
     size = _mapped_size(args, dims)
-    folded = [_fold_into_batch(x, d, size) for x, d in zip(args, dims, strict=True)]
+    stacked = [
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(args, dims, strict=True)
+    ]
+    # Of two axes that become one, explicit mode wants a sharded one to be the first.
+    mapped = 1 if any(_explicit.is_sharded(x, 1) for x in stacked) else 0
+    stacked = [jnp.moveaxis(x, 0, mapped) for x in stacked]
+    leading = stacked[0].shape[:2]
+    folded = [x.reshape(leading[0] * leading[1], *x.shape[2:]) for x in stacked]
     results = primitive.bind(*folded, **params)
-    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results], [0] * len(results)
+    return [x.reshape(*leading, *x.shape[1:]) for x in results], [mapped] * len(results)
 
 
 def _batch_fwd(args: Sequence[Any], dims: Sequence[Any], *, spec: AttentionSpec) -> Any:
-    if not isinstance(dims[0], int) or any(isinstance(d, int) for d in dims[1:]):
+    queries_alone = isinstance(dims[0], int) and not any(isinstance(d, int) for d in dims[1:])
+    if not queries_alone or _explicit.is_sharded(args[0], dims[0]):
         return _batch(fwd_p, args, dims, spec=spec)
-    # Only the queries are mapped: more query heads per key head, so that k and v aren't copied.
+    # More query heads per key head, so that k and v aren't copied.
     q = jnp.moveaxis(args[0], dims[0], 3)  # [B, T, N, X, H]
     B, T, N, X, H = q.shape
     aux = [

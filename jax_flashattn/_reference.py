@@ -5,6 +5,7 @@ logits are materialised, so memory grows with T * S, but it runs, differentiates
 order) and partitions wherever XLA does.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ class Tokens(NamedTuple):
 
 def _tokens(length: int, ends: jax.Array | None, lengths: jax.Array | None) -> Tokens:
     index = jnp.arange(length, dtype=jnp.int32)[None, :]
+    if lengths is not None and lengths.ndim == 2:  # every sequence has as much room, paged or not
+        num_sequences = lengths.shape[1]
+        room = length // num_sequences
+        sequence, position = index // room, index % room
+        return Tokens(position, sequence, position < jnp.repeat(lengths, room, axis=1))
     if ends is None:
         exists = jnp.ones_like(index, bool) if lengths is None else index < lengths[:, None]
         return Tokens(index, jnp.zeros_like(index), exists)
@@ -40,7 +46,10 @@ def _tokens(length: int, ends: jax.Array | None, lengths: jax.Array | None) -> T
 
 
 def tokens(T: int, S: int, aux: Aux) -> tuple[Tokens, Tokens]:
-    """The places of queries and keys."""
+    """The places of queries and keys.
+
+    Packed keys have boundaries, or, as those of paged calls, equal room and lengths `[B, n]`.
+    """
     return (
         _tokens(T, aux.get("cu_seqlens_q"), aux.get("q_lengths")),
         _tokens(S, aux.get("cu_seqlens_kv"), aux.get("kv_lengths")),
@@ -117,7 +126,8 @@ def distances(spec: AttentionSpec, T: int, S: int, aux: Aux, dtype: DTypeLike) -
     return abs(distance).astype(dtype)
 
 
-def _zero_padding(x: jax.Array, exists: jax.Array) -> jax.Array:
+def zero_padding(x: jax.Array, exists: jax.Array) -> jax.Array:
+    """`x [B, length, heads, dim]` with 0 where there is no token."""
     return jnp.where(exists[:, :, None, None], x, 0)
 
 
@@ -154,9 +164,9 @@ def attention(
     queries, keys = tokens(T, S, aux)
     # Padding may hold anything, NaN included, and 0 * NaN is NaN: it is zeroed, not only masked.
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
-        q = _zero_padding(q, queries.exists)
+        q = zero_padding(q, queries.exists)
     if "kv_lengths" in aux or "cu_seqlens_kv" in aux:
-        k, v = _zero_padding(k, keys.exists), _zero_padding(v, keys.exists)
+        k, v = zero_padding(k, keys.exists), zero_padding(v, keys.exists)
 
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accumulator)
@@ -177,6 +187,41 @@ def attention(
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=accumulator)
     out = out.reshape(B, T, N, v.shape[-1])
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
-        out = _zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
+        out = zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0].astype(accumulator)
     return out.astype(spec.out_dtype or v.dtype), lse.reshape(B, N, T)
+
+
+def paged_attention(
+    spec: AttentionSpec,
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    aux: Aux,
+    *,
+    layout: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` over keys in pages: gathers them, and so takes the memory that paging saves.
+
+    Args:
+      spec: static description of the call.
+      q: `[B, T, N, H]`.
+      k_pages: `[num_pages, page_size, K, H]` ('NHD') or `[num_pages, K, page_size, H]` ('HND').
+      v_pages: the same with Hv.
+      aux: the optional arrays, with `page_table` and `kv_lengths`.
+      layout: 'NHD' or 'HND'.
+
+    Returns:
+      as `attention`.
+    """
+    dense = {name: x for name, x in aux.items() if name != "page_table"}
+    table = jnp.clip(aux["page_table"], 0, k_pages.shape[0] - 1)
+    B = table.shape[0]
+
+    def gather(pages: jax.Array) -> jax.Array:
+        if layout == "HND":
+            pages = pages.swapaxes(1, 2)
+        tokens = pages[table]  # [B, M, page_size, K, H], or n before M
+        return tokens.reshape(B, math.prod(tokens.shape[1:-2]), *tokens.shape[-2:])
+
+    return attention(spec, q, gather(k_pages), gather(v_pages), dense)

@@ -15,30 +15,32 @@ from jaxlib.mlir import ir
 
 
 def partition_attributes(
-    operands: Sequence[str],
-    results: Sequence[str],
-    sizes: dict[str, int],
-    num_batch_dims: int,
+    ctx: Any, operands: Sequence[str], results: Sequence[str], num_batch_dims: int
 ) -> dict[str, ir.Attribute]:
     """Attributes that make a custom call batch partitionable.
 
     Args:
+      ctx: the lowering rule's context, which knows the sizes.
       operands: one letter per axis for each operand, such as "btnh".
       results: the same for each result.
-      sizes: size of each letter.
       num_batch_dims: how many leading axes, common to all, may be split.
     """
+    avals = [*ctx.avals_in, *ctx.avals_out]
+    sizes = {
+        letter: size
+        for letters, aval in zip([*operands, *results], avals, strict=True)
+        for letter, size in zip(letters, aval.shape, strict=True)
+    }
     if not all(isinstance(size, int) for size in sizes.values()):
         return {}  # exported with symbolic shapes, for which there are no rules: not to be split
-    letters = sorted(sizes, key="".join([*operands, *results]).index)
-    factor = {letter: chr(ord("i") + index) for index, letter in enumerate(letters)}
+    factor = {letter: chr(ord("i") + index) for index, letter in enumerate(sizes)}
 
     def axes(names: Sequence[str]) -> str:
         return ", ".join("[" + ", ".join(factor[x] for x in name) + "]" for name in names)
 
     split = operands[0][:num_batch_dims]
-    kept = ", ".join(factor[x] for x in letters if x not in split)
-    all_sizes = ", ".join(f"{factor[x]}={sizes[x]}" for x in letters)
+    kept = ", ".join(factor[x] for x in sizes if x not in split)
+    all_sizes = ", ".join(f"{factor[x]}={size}" for x, size in sizes.items())
     rule = (
         f"#sdy.op_sharding_rule<({axes(operands)})->({axes(results)}) "
         f"{{{all_sizes}}} need_replication={{{kept}}}, custom>"

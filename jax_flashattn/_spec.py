@@ -18,6 +18,11 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 MAX_HEAD_DIM = 512
 
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+# Axes of a pool of pages, in FlashInfer's names: [num_pages, page_size, K, H] or
+# [num_pages, K, page_size, H].
+LAYOUTS = ("NHD", "HND")
+
 MAX_LENGTH = 2**30  # the kernels add positions in int32
 
 # Optional arrays in the order in which they follow q, k, v as operands. The position in this tuple
@@ -25,17 +30,19 @@ MAX_LENGTH = 2**30  # the kernels add positions in int32
 AUX_NAMES = (
     "query_offset",  # int32 [B]; [B, n] with cu_seqlens
     "q_lengths",  # int32 [B]
-    "kv_lengths",  # int32 [B]
+    "kv_lengths",  # int32 [B]; [B, n] with cu_seqlens_q and page_table
     "q_segment_ids",  # int32 [B, T]
     "kv_segment_ids",  # int32 [B, S]
     "alibi_slopes",  # float32 [B, N]
     "sinks",  # float32 [B, N]
     "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
-    "cu_seqlens_kv",  # int32 [B, n + 1]
+    "cu_seqlens_kv",  # int32 [B, n + 1]; not with page_table
+    "page_table",  # int32 [B, M], pages of each sequence; [B, n, M] with cu_seqlens_q
     "qk_scale",  # float32 [B, K]: factor of the scores of float8 inputs
     "v_scale",  # float32 [B, K]
 )
 PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
+PER_KV_HEAD_AUX = ("qk_scale", "v_scale")
 
 
 class UnsupportedError(NotImplementedError):
@@ -108,13 +115,22 @@ class Dims(NamedTuple):
         return cls(B, T, S, N, K, H, v.shape[-1])
 
 
-def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
+def check_arrays(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dense: bool,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    dtypes: Sequence[Any] = (*DTYPES, *FP8_DTYPES),
+) -> None:
     """Raises unless q, k, v are a valid `[*B, T|S, heads, dim]` triple.
 
     `dense` is for implementation='xla', which also takes float64 and any head dim.
     """
-    dtypes = (*DTYPES, *FP8_DTYPES, *([jnp.float64] if dense else []))
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    _, k_name, v_name = names
+    *others, last = (jnp.dtype(x).name for x in dtypes)
+    for name, x in zip(names, (q, k, v), strict=True):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if x.ndim < 3:
@@ -122,11 +138,8 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
                 f"{name} must have at least 3 axes [*batch, length, heads, head_dim], "
                 f"got shape {tuple(x.shape)}"
             )
-        if x.dtype not in dtypes:
-            raise TypeError(
-                f"{name} must have dtype float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, "
-                f"got {x.dtype}"
-            )
+        if x.dtype not in dtypes and not (dense and x.dtype == jnp.float64):
+            raise TypeError(f"{name} must have dtype {', '.join(others)} or {last}, got {x.dtype}")
         if x.ndim != q.ndim or x.shape[:-3] != q.shape[:-3]:
             raise ValueError(
                 f"{name} must have the batch axes of q, {tuple(q.shape[:-3])}, "
@@ -141,16 +154,16 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
                     f"got shape {tuple(x.shape)}"
                 )
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have the head dim of q, {q.shape[-1]}, got {k.shape[-1]}")
+        raise ValueError(f"{k_name} must have the head dim of q, {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[-3:-1] != k.shape[-3:-1]:
         raise ValueError(
-            f"v must have the length and heads of k, {tuple(k.shape[-3:-1])}, "
+            f"{v_name} must have the length and heads of {k_name}, {tuple(k.shape[-3:-1])}, "
             f"got {tuple(v.shape[-3:-1])}"
         )
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"the heads of q must be a multiple of the heads of k (grouped-query attention), "
-            f"got {q.shape[-2]} and {k.shape[-2]}"
+            f"the heads of q must be a multiple of the heads of {k_name} (grouped-query "
+            f"attention), got {q.shape[-2]} and {k.shape[-2]}"
         )
     if not dense and max(q.shape[-3], k.shape[-3]) > MAX_LENGTH:
         raise UnsupportedError(
@@ -161,6 +174,103 @@ def check_arrays(q: Any, k: Any, v: Any, *, dense: bool) -> None:
             f"head dims up to {MAX_HEAD_DIM} are supported, got {q.shape[-1]} for q and k, "
             f"{v.shape[-1]} for v; implementation='xla' takes any"
         )
+
+
+def page_axes(layout: str) -> tuple[int, int]:
+    """The axes of tokens and of heads in a pool of pages."""
+    return (1, 2) if layout == "NHD" else (2, 1)
+
+
+def check_cache(k_pages: Any, v_pages: Any, page_table: Any, lengths: Any, layout: Any) -> None:
+    """Raises unless the arrays are a valid paged cache.
+
+    Any floating dtype will do: of what is attended to, `check_pages` says more.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    token_axis, head_axis = page_axes(layout)
+    axes = "page_size, K" if layout == "NHD" else "K, page_size"
+    for name, x, last in (("k_pages", k_pages, "H"), ("v_pages", v_pages, "Hv")):
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name} must have shape [num_pages, {axes}, {last}] and no axis of 0, "
+                f"got {tuple(x.shape)}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        if x.shape[token_axis] not in PAGE_SIZES:
+            raise ValueError(
+                f"the page size of {name} must be one of {PAGE_SIZES}, got {x.shape[token_axis]} "
+                f"in axis {token_axis} of layout {layout!r} (shape {tuple(x.shape)})"
+            )
+        for axis, what in ((0, "pages"), (token_axis, "page size"), (head_axis, "heads")):
+            if x.shape[axis] != k_pages.shape[axis]:
+                raise ValueError(
+                    f"{name} must have the {what} of k_pages, {k_pages.shape[axis]}, "
+                    f"got {x.shape[axis]} in axis {axis}"
+                )
+        if x.dtype != k_pages.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of k_pages, {k_pages.dtype}, got {x.dtype}"
+            )
+    for name, x in (("page_table", page_table), ("lengths", lengths)):
+        if getattr(x, "dtype", None) != jnp.int32:
+            got = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"{name} must be an int32 array, got {got}")
+    if page_table.ndim != 2 or page_table.shape[1] == 0:
+        raise ValueError(
+            f"page_table must have shape [B, M] with at least 1 page per sequence, "
+            f"got {tuple(page_table.shape)}"
+        )
+    if lengths.shape != page_table.shape[:1]:
+        raise ValueError(
+            f"lengths must have shape {tuple(page_table.shape[:1])}, one value per row of "
+            f"page_table, got {tuple(lengths.shape)}"
+        )
+    if page_table.shape[1] * k_pages.shape[token_axis] > MAX_LENGTH:
+        raise UnsupportedError(
+            f"lengths up to 2**30 are supported, got {page_table.shape[1]} pages of "
+            f"{k_pages.shape[token_axis]} tokens per sequence"
+        )
+
+
+def check_pages(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    lengths: Any,
+    layout: str,
+    *,
+    packed: bool,
+    dense: bool,
+) -> None:
+    """Raises unless q can attend to the paged cache; `dense` as for `check_arrays`."""
+    check_cache(k_pages, v_pages, page_table, lengths, layout)
+    if not hasattr(q, "shape") or not hasattr(q, "dtype"):
+        raise TypeError(f"q must be an array, got {type(q).__name__}")
+    if q.ndim != (3 if packed else 4):
+        shape = "[total, N, H] with cu_seqlens_q" if packed else "[B, T, N, H]"
+        raise ValueError(f"q must have shape {shape}, got {tuple(q.shape)}")
+    if not packed and q.shape[0] != page_table.shape[0]:
+        raise ValueError(
+            f"q must have the batch of the cache, {page_table.shape[0]}, got {q.shape[0]} "
+            f"(shape {tuple(q.shape)})"
+        )
+    # One token stands for the keys: heads, head dims and dtypes are checked as for any.
+    heads = k_pages.shape[page_axes(layout)[1]]
+    k, v = (jax.ShapeDtypeStruct((1, heads, x.shape[-1]), x.dtype) for x in (k_pages, v_pages))
+    queries = jax.ShapeDtypeStruct(q.shape[-3:], q.dtype)
+    names = ("q", "k_pages", "v_pages")
+    for name, x in zip(names, (q, k_pages, v_pages), strict=True):
+        if x.dtype in FP8_DTYPES:
+            raise UnsupportedError(
+                f"float8 pages and queries over them are not supported, got {x.dtype} for {name}; "
+                "convert them to bfloat16"
+            )
+    check_arrays(queries, k, v, dense=dense, names=names, dtypes=DTYPES)
 
 
 def static_number(name: str, x: Any, advice: str) -> float:
@@ -231,4 +341,4 @@ def float32_per_head(name: str, x: Any, batch: Sequence[int], num_heads: int) ->
             f"got {x.shape}"
         )
     x = jnp.asarray(x, jnp.float32)
-    return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
+    return jnp.broadcast_to(x, shape)

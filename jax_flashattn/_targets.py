@@ -14,8 +14,10 @@ from jax_flashattn import _native
 
 # The version in the name is that of the operands and attributes: exported programs and XLA's
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
-FWD_TARGET = "jfa_fwd_v2"
-BWD_TARGET = "jfa_bwd_v2"
+FWD_TARGET = "jfa_fwd_v3"
+BWD_TARGET = "jfa_bwd_v3"
+SERVE_TARGET = "jfa_serve_v1"
+PAGED_TARGET = "jfa_paged_v1"
 
 
 def _check_ffi_version() -> None:
@@ -52,10 +54,12 @@ def _nvrtc_directories() -> list[str]:
 def _register() -> None:
     for name, handler in _native.cpu_handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
-        jax.ffi.register_ffi_target_as_batch_partitionable(name)
     jax.ffi.register_ffi_type("jfa_cuda_state_v2", _native.cuda_state_type(), platform="CUDA")
     for name, stages in _native.cuda_handlers().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
+    # Not PAGED_TARGET: pages belong to no batch element, and no other axis leads on the CPU.
+    for name in (FWD_TARGET, BWD_TARGET, SERVE_TARGET):
+        jax.ffi.register_ffi_target_as_batch_partitionable(name)
     _native.set_nvrtc_search_paths(_nvrtc_directories())
 
 

@@ -34,6 +34,20 @@ def _timer(program: Callable[..., Any], repeats: int, *args: Any) -> Timer:
     return seconds
 
 
+def forward_timer(
+    function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
+) -> Timer:
+    """Timer of one function of `inputs`, whose result has the shape of the first of them."""
+
+    # Each call takes the last one's result, or XLA would merge them.
+    def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
+        for _ in range(repeats):
+            q = function(q, *others)
+        return q
+
+    return _timer(forward, repeats, *inputs)
+
+
 def timers(
     function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
 ) -> dict[str, Timer]:
@@ -46,12 +60,6 @@ def timers(
     """
     out, vjp = jax.vjp(function, *inputs)
 
-    # Each call takes the last one's result, or XLA would merge them.
-    def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
-        for _ in range(repeats):
-            q = function(q, *others)
-        return q
-
     def backward(vjp: Any, dout: jax.Array) -> Any:
         grads = (dout,)
         for _ in range(repeats):
@@ -59,6 +67,6 @@ def timers(
         return grads
 
     return {
-        "fwd": _timer(forward, repeats, *inputs),
+        "fwd": forward_timer(function, inputs, repeats),
         "bwd": _timer(backward, repeats, vjp, out),
     }

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from jax_flashattn import _fp8
+from jax_flashattn._explicit import per_head_like
 from jax_flashattn._primitives import bwd_p, fwd_p, tangent_p
 from jax_flashattn._sharding import to_common_vma
-from jax_flashattn._spec import DIFFERENTIABLE_AUX, AttentionSpec, UnsupportedError
+from jax_flashattn._spec import DIFFERENTIABLE_AUX, PER_HEAD_AUX, AttentionSpec, UnsupportedError
 
 # Names of the residuals for jax.checkpoint policies; q, k and v are kept beside them.
 OUT_NAME = "flash_attention_out"
@@ -35,6 +36,7 @@ def attention(
     The gradients follow FlashAttention-2 (Dao, 2023, arXiv:2307.08691), with the cotangent of the
     log-sum-exp subtracted from rowsum(dout * out).
     """
+    aux = {name: per_head_like(q, x) if name in PER_HEAD_AUX else x for name, x in aux.items()}
     operands = to_common_vma(q, k, v, *(aux[name] for name in spec.aux))
     out, lse = fwd_p.bind(*operands, spec=spec)
     return out, lse

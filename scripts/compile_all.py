@@ -20,17 +20,59 @@ OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
 LAYOUTS = ((), ("segments",), ("packed",))
 
 
+def _serving_variants(product: bool) -> list[tuple]:
+    """Decoding with 16, 32 and 64 rows a tile, and the forward over pages."""
+    dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
+    logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
+    masks = ("full", "causal", "local")
+    decode = [
+        ("decode", dtype, *dims, mask, [*more], arch, rows)
+        for arch, dims, dtype, mask, more, rows in itertools.product(
+            ARCHS, HEAD_DIMS, dtypes, masks, logits if product else [()], (16, 32, 64)
+        )
+    ]
+    paged = [
+        ("fwd", dtype, *dims, mask, [*more, *layout, "paged"], arch, 0)
+        for arch, dims, dtype, mask, more, layout in itertools.product(
+            ARCHS, HEAD_DIMS, dtypes, masks, logits if product else [()], ((), ("packed",))
+        )
+    ]
+    return decode + paged
+
+
+def _fp8_variants(product: bool) -> list[tuple]:
+    """The forward in 8-bit floats, which only Hopper has."""
+    mixes = [
+        [f"e5m2_{name}" for name, e5m2 in zip("qkv", given, strict=True) if e5m2]
+        for given in (itertools.product((False, True), repeat=3) if product else [(False,) * 3])
+    ]
+    logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
+    features = [x + y for x in logits for y in LAYOUTS] if product else [()]
+    return [
+        ("fwd", dtype, *dims, mask, ["fp8", *mix, *sums, *more], 90)
+        for dims, dtype, mask, mix, sums, more in itertools.product(
+            HEAD_DIMS[1:],
+            ("bfloat16", "float16") if product else ("bfloat16",),
+            ("full", "causal", "local"),
+            mixes,
+            ((), ("two_level",)),
+            features,
+        )
+    ]
+
+
 def _variants(product: bool) -> list[tuple]:
     dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
     logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
     features = [x + y for x in logits for y in LAYOUTS] if product else [()]
     masks = ("full", "causal", "local")
-    return [
+    plain = [
         (op, dtype, *dims, mask, [*more, *extra], arch)
         for arch, (op, extra), dims, dtype, mask, more in itertools.product(
             ARCHS, OPS, HEAD_DIMS, dtypes, masks, features
         )
     ]
+    return plain + _serving_variants(product) + _fp8_variants(product)
 
 
 def _rows(variant: tuple) -> list[tuple]:

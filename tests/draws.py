@@ -14,6 +14,12 @@ import oracle
 Choose = Callable[[Sequence[Any]], Any]  # picks one
 
 
+def from_seed(seed: int) -> Choose:
+    """Choices that a seed repeats."""
+    rng = np.random.default_rng(seed)
+    return lambda choices: choices[rng.integers(len(choices))]
+
+
 def _lengths(choose: Choose, count: int, total: int) -> np.ndarray:
     """Lengths of sequences: none, all, a few, or beyond the array, where they are clamped."""
     choices = [0, 1, total // 3, 64, total - 1, total, total + 7, -3]
@@ -109,19 +115,20 @@ def draw(
 def poison(options: dict[str, Any], value: float) -> Callable[..., Any]:
     """What `oracle.check` takes: puts `value` into all padding of q, k, v and dout."""
 
-    def end(names: tuple[str, str], lengths: str, total: int) -> Any:
-        for name in names:
-            if name in options:  # the tail begins where the last sequence ends
-                return np.clip(options[name].max(axis=-1), 0, total)
-        return options.get(lengths, total)
+    def end(boundaries: Any, lengths: str, total: int) -> Any:
+        if boundaries is None:
+            return options.get(lengths, total)
+        return np.clip(boundaries.max(axis=-1), 0, total)  # where the last sequence ends
 
     def fill(x: Any, length: Any) -> Any:
         beyond = np.arange(x.shape[1])[None, :] >= np.reshape(length, (-1, 1))
         return jnp.where(beyond[:, :, None, None], jnp.asarray(value, x.dtype), x)
 
     def apply(q: Any, k: Any, v: Any, dout: Any) -> Any:
-        of_q = end(("cu_seqlens_q", "cu_seqlens_q"), "query_seq_lengths", q.shape[1])
-        of_kv = end(("cu_seqlens_kv", "cu_seqlens_q"), "key_value_seq_lengths", k.shape[1])
+        boundaries = options.get("cu_seqlens_q")
+        of_q = end(boundaries, "query_seq_lengths", q.shape[1])
+        boundaries = options.get("cu_seqlens_kv", boundaries)
+        of_kv = end(boundaries, "key_value_seq_lengths", k.shape[1])
         return fill(q, of_q), fill(k, of_kv), fill(v, of_kv), fill(dout, of_q)
 
     return apply

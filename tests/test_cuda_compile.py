@@ -28,8 +28,18 @@ FACTORS = {
     "alibi": [[], ["alibi"]],
     "layout": [[], ["segments"], ["packed"]],
 }
-
-
+FLAGS = ("softcap", "alibi", "layout", "paged")
+# Kernels of serving have fewer factors, so a table of their own each.
+DECODE_FACTORS = {
+    "head_dims": [*HEAD_DIMS, (40, 72), (192, 128)],
+    "rows": [1, 17, 64],
+    **{name: FACTORS[name] for name in ("dtype", "mask", "softcap", "alibi")},
+}
+PAGED_FACTORS = {
+    "head_dims": [(64, 64), (128, 128), (256, 256), (17, 33)],
+    "layout": [[], ["packed"]],
+    **{name: FACTORS[name] for name in ("dtype", "mask", "softcap", "alibi")},
+}
 FP8_FACTORS = {
     "head_dims": [*HEAD_DIMS[1:], (192, 128), (64, 128)],
     "dtype": ["bfloat16", "float16"],
@@ -41,22 +51,30 @@ FP8_FACTORS = {
 
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    if "process" in symbol or re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol):
+    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol)
+    if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
 
 
 def variants(arch: int):
     """Arguments of `cuda_warm` for each row: all of them for two architectures, else a quarter."""
-    rows = pairwise(FACTORS)
+    tables = [
+        *({**row, "paged": []} for row in pairwise(FACTORS)),
+        *(
+            {**row, "op": ("decode", []), "layout": [], "paged": []}
+            for row in pairwise(DECODE_FACTORS)
+        ),
+        *({**row, "op": ("fwd", []), "paged": ["paged"]} for row in pairwise(PAGED_FACTORS)),
+    ]
     if arch not in MAIN_ARCHS:
-        rows = rows[OTHER_ARCHS.index(arch) :: 4]
-    for row in rows:
+        tables = tables[OTHER_ARCHS.index(arch) :: 4]
+    for row in tables:
         op, features = row["op"]
-        features = [*features, *row["softcap"], *row["alibi"], *row["layout"]]
+        features = [*features, *(x for name in FLAGS for x in row[name])]
         if "dslopes" in features and "alibi" not in features:
             features.append("alibi")
-        yield op, row["dtype"], *row["head_dims"], row["mask"], features, arch
+        yield op, row["dtype"], *row["head_dims"], row["mask"], features, arch, row.get("rows", 0)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -148,7 +166,8 @@ def shapes(T=5, S=7, H=64):
 
 
 def keys(**options):
-    return {x["key"] for x in explain(*shapes(), platform="cuda", arch=90, **options).kernels}
+    kernels = explain(*shapes(), platform="cuda", arch=90, **options).kernels
+    return {x["symbol"]: x["key"] for x in kernels}
 
 
 def test_explain():
@@ -164,6 +183,7 @@ def test_values_share_a_key_and_code_does_not():
     """The compile key holds classes, not values."""
     base = dict(local_window_size=(5, 0), logits_soft_cap=3.0, query_offset=0, scale=0.5)
     same = keys(**base)
+    main = {key for symbol, key in same.items() if "process" not in symbol}
     for changed in (
         dict(local_window_size=(9, None)),
         dict(logits_soft_cap=7.0),
@@ -180,12 +200,7 @@ def test_values_share_a_key_and_code_does_not():
         dict(alibi_slopes=jnp.zeros(4)),
         dict(segment_ids=(jnp.zeros(5, jnp.int32), jnp.zeros(7, jnp.int32))),
     ):
-        assert not keys(**{**base, **other}) & {x for x in same if x in main_keys(base)}, other
-
-
-def main_keys(options):
-    kernels = explain(*shapes(), platform="cuda", arch=90, **options).kernels
-    return {x["key"] for x in kernels if "process" not in x["symbol"]}
+        assert main.isdisjoint(keys(**{**base, **other}).values()), other
 
 
 def test_kernel_not_cached_error(tmp_path, monkeypatch):

@@ -7,11 +7,12 @@ import pytest
 from jax import export
 
 import oracle
-from jax_flashattn import attention
-from jax_flashattn._targets import BWD_TARGET, FWD_TARGET
+from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET, SERVE_TARGET
 
 # The names are versioned: a program exported today means the same to later releases.
-CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in (FWD_TARGET, BWD_TARGET)]
+TARGETS = FWD_TARGET, BWD_TARGET, PAGED_TARGET, SERVE_TARGET
+CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
 
 
 def f(q, k, v, slopes, lengths):
@@ -53,6 +54,35 @@ def test_export_for_other_platforms():
     np.testing.assert_array_equal(
         np.asarray(exported.call(*args), np.float32), np.asarray(f(*args), np.float32)
     )
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_export_of_a_serving_step(symbolic):
+    """With any number of sequences and of pages in the pool."""
+
+    def step(q, k, k_pages, v_pages, page_table, lengths):
+        cache = PagedKVCache(k_pages, v_pages, page_table, lengths).append(k, k)
+        return paged_attention(q, cache), cache.k_pages, cache.lengths
+
+    rng = np.random.default_rng(0)
+    q, k, pages = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((3, 2, 4, 8), (3, 2, 2, 8), (7, 8, 2, 8))
+    )
+    table, lengths = jnp.array([[5, 0], [2, 3], [1, 6]]), jnp.array([13, 7, 0])
+    args = q, k, pages, pages, table, lengths
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    if symbolic:
+        b, p = export.symbolic_shape("b, p")
+        leading = (b, b, p, p, b, b)
+        shapes = [
+            jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+            for n, x in zip(leading, shapes, strict=True)
+        ]
+    exported = export.export(jax.jit(step), disabled_checks=CHECKS)(*shapes)
+    restored = export.deserialize(exported.serialize())
+    for x, y in zip(restored.call(*args), step(*args), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_persistent_compilation_cache(tmp_path, run_python):

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 import draws
 import oracle_fp8
-from jax_flashattn import UnsupportedError, _native, attention, attention_varlen, explain
+from jax_flashattn import (
+    PagedKVCache,
+    UnsupportedError,
+    _native,
+    attention,
+    attention_varlen,
+    explain,
+    paged_attention,
+)
 from oracle_fp8 import E4M3, E5M2
 
 BACKENDS = pytest.mark.parametrize("implementation", [None, "xla"])
@@ -163,8 +171,34 @@ def test_only_hopper(arch, monkeypatch):
         lower(*arrays())
 
 
+def test_architecture_to_compile_for(monkeypatch):
+    monkeypatch.setenv("JFA_CUDA_ARCH", "80")
+    with pytest.raises(UnsupportedError, match=r"expected sm_90 \(Hopper\), got sm_80"):
+        lower(*arrays())
+    monkeypatch.setenv("JFA_CUDA_ARCH", "90")
+    assert "arch = 90 : i64" in lower(*arrays())
+
+
+@pytest.mark.parametrize("features", [["paged"], []], ids=str)
+def test_no_serving_kernel(features):
+    op = "fwd" if features else "decode"
+    plan = _native.cuda_explain(op, "bfloat16", 64, 64, "full", ["fp8", *features], 90, 16)
+    assert plan["error"].startswith("float8 pages and decoding: not supported")
+
+
+@pytest.mark.parametrize("queries", [E4M3, jnp.bfloat16], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_no_pages(queries, implementation):
+    cache = PagedKVCache.create(
+        batch=2, max_pages=4, num_pages=9, page_size=8, num_kv_heads=2, head_dim=16, dtype=E4M3
+    )
+    with pytest.raises(UnsupportedError, match=r"float8 pages .* not supported, got float8_e4m3fn"):
+        paged_attention(jnp.zeros((2, 1, 4, 16), queries), cache, implementation=implementation)
+
+
 def test_custom_call():
     text = lower(*arrays((E4M3, E5M2, E4M3)), v_scale=2.0, fp8_accumulation="two_level")
+    assert "jfa_fwd_v3" in text  # few queries too: decoding knows no float8
     assert "fp8 = 21 : i64" in text
     assert "f8E5M2" in text
 

@@ -11,7 +11,6 @@ import pytest
 import draws
 import oracle
 from jax_flashattn import UnsupportedError, _native, attention, attention_varlen
-from test_attention import poison_padding
 
 pytestmark = pytest.mark.gpu
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -64,16 +63,13 @@ def test_offset_per_sequence():
 @pytest.mark.parametrize("offset", [0, "end"])
 @pytest.mark.parametrize("H", [64, 100, 128, 256])
 def test_padding_never_leaks(H, offset, value, dtype):
-    q_lengths = np.array([0, 1, 63, 64, 65, 150, 999, -4], np.int32)
-    kv_lengths = np.array([170, 0, 64, 1, 129, 170, 2**31 - 1, 20], np.int32)
-    oracle.check(
-        *oracle.make_inputs(5, 8, 150, 170, 2, 1, H, 64, dtype),
-        poison=poison_padding(q_lengths, kv_lengths, value),
-        is_causal=True,
-        query_offset=offset,
-        query_seq_lengths=q_lengths,
-        key_value_seq_lengths=kv_lengths,
+    lengths = dict(
+        query_seq_lengths=np.array([0, 1, 63, 64, 65, 150, 999, -4], np.int32),
+        key_value_seq_lengths=np.array([170, 0, 64, 1, 129, 170, 2**31 - 1, 20], np.int32),
     )
+    inputs = oracle.make_inputs(5, 8, 150, 170, 2, 1, H, 64, dtype)
+    poison = draws.poison(lengths, value)
+    oracle.check(*inputs, poison=poison, is_causal=True, query_offset=offset, **lengths)
 
 
 @pytest.mark.parametrize("scale", [1e-4, -0.3, 2.0])
@@ -99,8 +95,7 @@ SIZES = [
 
 @pytest.mark.parametrize("seed", range(600))
 def test_any_combination(seed):
-    rng = np.random.default_rng(seed)
-    choose = lambda choices: choices[rng.integers(len(choices))]
+    choose = draws.from_seed(seed)
     size, dtype = choose(SIZES)
     inputs, options = draws.draw(choose, sizes=[size], dtypes=[dtype])
     oracle.check(*inputs, poison=draws.poison(options, choose([np.nan, np.inf])), **options)
@@ -126,15 +121,12 @@ def test_families(family, first, run_python):
 def test_more_tiles_than_multiprocessors(H, is_causal):
     """CTAs that stay take tiles one after the other, among them many without any key."""
     B, T, N = 8, 450, 16
-    kv_lengths = np.array([450, 0, 0, 131, 7, 0, 449, 0], np.int32)
-    q_lengths = np.array([450, 450, 3, 0, 450, 64, 300, 450], np.int32)
-    oracle.check(
-        *oracle.make_inputs(7, B, T, T, N, 4, H, H, jnp.bfloat16),
-        poison=poison_padding(q_lengths, kv_lengths, np.nan),
-        is_causal=is_causal,
-        query_seq_lengths=q_lengths,
-        key_value_seq_lengths=kv_lengths,
+    lengths = dict(
+        query_seq_lengths=np.array([450, 450, 3, 0, 450, 64, 300, 450], np.int32),
+        key_value_seq_lengths=np.array([450, 0, 0, 131, 7, 0, 449, 0], np.int32),
     )
+    inputs = oracle.make_inputs(7, B, T, T, N, 4, H, H, jnp.bfloat16)
+    oracle.check(*inputs, poison=draws.poison(lengths, np.nan), is_causal=is_causal, **lengths)
 
 
 def test_rows_that_see_nothing():

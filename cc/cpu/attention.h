@@ -3,7 +3,8 @@
 // Memory is BTNH throughout: q and out [batch, q_len, num_heads, head_dim(_v)], k and v
 // [batch, kv_len, num_kv_heads, head_dim(_v)], lse [batch, num_heads, q_len], all contiguous.
 // Packed, an element of the batch is a row of sequences one behind the other, and q_len and kv_len
-// are its tokens. Nothing here knows of XLA or Python: handlers.cc fills these structs.
+// are its tokens. Paged, k and v are pools of pages that a table gives to the sequences. Nothing
+// here knows of XLA or Python: handlers.cc fills these structs.
 #ifndef JAX_FLASHATTN_CC_CPU_ATTENTION_H_
 #define JAX_FLASHATTN_CC_CPU_ATTENTION_H_
 
@@ -38,17 +39,29 @@ struct Problem {
   int64_t window_right;   // likewise
   int64_t sink_tokens;    // matter only with a window
   int64_t num_sequences;  // of each batch element, if packed
-  const int32_t* query_offsets;   // [batch], packed [batch, num_sequences]
-  const int32_t* q_lengths;       // [batch], clamped to [0, q_len]; not if packed
-  const int32_t* kv_lengths;      // [batch], clamped to [0, kv_len]; not if packed
+  const int32_t* query_offsets;  // [batch], packed [batch, num_sequences]
+  const int32_t* q_lengths;      // [batch], clamped to [0, q_len]; not if packed
+  // [batch], clamped to [0, kv_len]; not if packed, unless paged: [batch, num_sequences]
+  const int32_t* kv_lengths;
   const int32_t* q_segment_ids;   // [batch, q_len]; not if packed
   const int32_t* kv_segment_ids;  // [batch, kv_len]; together with q_segment_ids
   const float* alibi_slopes;      // [batch, num_heads]
   const float* sinks;             // [batch, num_heads], logits without a value; forward only
-  // [batch, num_sequences + 1], both or none. Sequence s has the tokens from [s] to [s + 1]. Values
-  // are clamped to the tokens there are and to those before them. Other tokens get zero results.
+  // [batch, num_sequences + 1], both or none, but only q's if paged. Sequence s has the tokens from
+  // [s] to [s + 1]. Values are clamped to the tokens there are and to those before them. Other
+  // tokens get zero results.
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_kv;
+  // Paged, forward only: k is [num_pages, page_size, num_kv_heads, head_dim], or with the two axes
+  // in the middle exchanged (heads_first), and v likewise. Key j of a sequence is token
+  // j % page_size of the page that its row of the table names in column j / page_size, clamped to
+  // [0, num_pages). kv_len is what a row can name, pages_per_seq * page_size.
+  int64_t page_size;
+  int64_t num_pages;
+  int64_t pages_per_seq;
+  bool heads_first;
+  const int32_t*
+      page_table;  // [batch, pages_per_seq], packed [batch, num_sequences, pages_per_seq]
 };
 
 struct FwdArgs {

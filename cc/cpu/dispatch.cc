@@ -93,21 +93,27 @@ std::vector<Sequence> MakeSequences(const Problem& p) {
         seq.q_ids = p.q_segment_ids + b * p.q_len;
         seq.kv_ids = p.kv_segment_ids + b * p.kv_len;
       }
+      if (p.page_table) seq.pages = p.page_table + b * p.pages_per_seq;
       add(seq);
       continue;
     }
     const int64_t n = p.num_sequences;
     const int32_t* q_ends = p.cu_seqlens_q + b * (n + 1);
-    const int32_t* kv_ends = p.cu_seqlens_kv + b * (n + 1);
+    const int32_t* kv_ends = p.page_table ? nullptr : p.cu_seqlens_kv + b * (n + 1);
     for (int64_t s = -1; s <= n; ++s) {
       const bool owned = s >= 0 && s < n;
       seq.q_begin += seq.q_size;
-      seq.kv_begin += seq.kv_size;
       seq.q_size = (s < n ? Clamp(q_ends[s + 1], seq.q_begin, p.q_len) : p.q_len) - seq.q_begin;
-      seq.kv_size =
-          (s < n ? Clamp(kv_ends[s + 1], seq.kv_begin, p.kv_len) : p.kv_len) - seq.kv_begin;
       seq.q_len = owned ? seq.q_size : 0;
-      seq.kv_len = owned ? seq.kv_size : 0;
+      if (p.page_table) {
+        seq.pages = owned ? p.page_table + (b * n + s) * p.pages_per_seq : nullptr;
+        seq.kv_len = seq.kv_size = owned ? Clamp(p.kv_lengths[b * n + s], 0, p.kv_len) : 0;
+      } else {
+        seq.kv_begin += seq.kv_size;
+        seq.kv_size =
+            (s < n ? Clamp(kv_ends[s + 1], seq.kv_begin, p.kv_len) : p.kv_len) - seq.kv_begin;
+        seq.kv_len = owned ? seq.kv_size : 0;
+      }
       seq.offset = owned ? offset(b * n + s) : 0;
       add(seq);
     }

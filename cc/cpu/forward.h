@@ -16,6 +16,7 @@
 #define JAX_FLASHATTN_CC_CPU_FORWARD_H_
 
 #include "isa.h"
+#include "key_source.h"
 #include "logits.h"
 #include "mask.h"
 #include "microkernel.h"
@@ -241,10 +242,7 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
     last = Max(last, rows.span.hi);
   }
 
-  const int64_t k_stride = p.num_kv_heads * h, v_stride = p.num_kv_heads * hv;
-  const int64_t kv_row = (seq.batch * p.kv_len + seq.kv_begin) * p.num_kv_heads + task.kv_head;
-  const T* k_head = static_cast<const T*>(args.k) + kv_row * h;
-  const T* v_head = static_cast<const T*>(args.v) + kv_row * hv;
+  const KeySource source = MakeKeySource(p, seq, task.kv_head);
   for (int64_t key = first; key < last; key += kKeyBlock) {
     const KeyBlock block = MakeKeyBlock(seq, key, Min(key + kKeyBlock, last));
     bool loaded = false;
@@ -253,9 +251,8 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
       const SeenKeys keys = See(seq, tile->rows.span, block);
       if (keys.num_keys == 0) continue;
       if (!loaded) {
-        const int count = static_cast<int>(block.end - key);
-        LoadRows(k_head + key * k_stride, k_stride, count, h, k, ldk);
-        LoadRows(v_head + key * v_stride, v_stride, count, hv, v, ldv);
+        LoadKeys(source, static_cast<const T*>(args.k), key, block.end, h, k, ldk);
+        LoadKeys(source, static_cast<const T*>(args.v), key, block.end, hv, v, ldv);
         loaded = true;
       }
       const int64_t skipped = keys.begin - key;

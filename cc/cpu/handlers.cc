@@ -79,10 +79,13 @@ enum AuxBit : int64_t {
   kSinks = 1 << 6,
   kCuSeqlensQ = 1 << 7,
   kCuSeqlensKv = 1 << 8,
-  kAllAux = (1 << 9) - 1,
+  kPageTable = 1 << 9,
+  kQkScale = 1 << 10,
+  kVScale = 1 << 11,
+  kAllAux = (1 << 12) - 1,
 };
 
-// In the order of the handlers' attributes.
+// What all handlers have, in this order.
 struct Attributes {
   float scale;
   float soft_cap;  // 0: none
@@ -92,7 +95,6 @@ struct Attributes {
   int64_t window_right;
   int64_t sink_tokens;
   int64_t aux;
-  bool has_dlse = false;  // backward only
 
   bool Has(AuxBit bit) const { return (aux & bit) != 0; }
 };
@@ -202,18 +204,21 @@ using Operands = Buffers<ffi::RemainingArgs>;
 using Results = Buffers<ffi::RemainingRets>;
 
 std::vector<int64_t> QDims(const Problem& p) { return {p.batch, p.q_len, p.num_heads, p.head_dim}; }
-std::vector<int64_t> KDims(const Problem& p) {
-  return {p.batch, p.kv_len, p.num_kv_heads, p.head_dim};
+std::vector<int64_t> KeyDims(const Problem& p, int64_t dim) {
+  if (p.page_size == 0) return {p.batch, p.kv_len, p.num_kv_heads, dim};
+  if (p.heads_first) return {p.num_pages, p.num_kv_heads, p.page_size, dim};
+  return {p.num_pages, p.page_size, p.num_kv_heads, dim};
 }
-std::vector<int64_t> VDims(const Problem& p) {
-  return {p.batch, p.kv_len, p.num_kv_heads, p.head_dim_v};
-}
+std::vector<int64_t> KDims(const Problem& p) { return KeyDims(p, p.head_dim); }
+std::vector<int64_t> VDims(const Problem& p) { return KeyDims(p, p.head_dim_v); }
 std::vector<int64_t> OutDims(const Problem& p) {
   return {p.batch, p.q_len, p.num_heads, p.head_dim_v};
 }
 std::vector<int64_t> LseDims(const Problem& p) { return {p.batch, p.num_heads, p.q_len}; }
 
-void CheckAttributes(const Attributes& a, Checker& check) {
+enum class Keys { kDense, kPaged };
+
+void CheckAttributes(const Attributes& a, Keys keys, Checker& check) {
   const auto expect = [&check](bool ok, const char* name, const char* expected, auto value) {
     if (ok) return;
     check.Fail(std::string("attribute ") + name + " must be " + expected + ", got " +
@@ -225,9 +230,19 @@ void CheckAttributes(const Attributes& a, Checker& check) {
   expect(a.window_left >= -1, "window_left", "at least -1", a.window_left);
   expect(a.window_right >= -1, "window_right", "at least -1", a.window_right);
   expect(a.sink_tokens >= 0, "sink_tokens", "at least 0", a.sink_tokens);
-  expect((a.aux & ~int64_t{kAllAux}) == 0, "aux", "a set of 9 bits", a.aux);
+  expect((a.aux & ~int64_t{kAllAux}) == 0, "aux", "a set of 12 bits", a.aux);
+  expect((a.aux & (kQkScale | kVScale)) == 0, "aux", "without scales: inputs are dequantized",
+         a.aux);
   expect(a.Has(kQSegmentIds) == a.Has(kKvSegmentIds), "aux",
          "with segment ids of both sides or of none", a.aux);
+  if (keys == Keys::kPaged) {
+    expect(a.Has(kPageTable) && a.Has(kKvLengths), "aux", "with page_table and kv_lengths", a.aux);
+    expect((a.aux & (kQSegmentIds | kCuSeqlensKv)) == 0, "aux",
+           "without segment ids and cu_seqlens_kv if paged", a.aux);
+    expect(!a.Has(kCuSeqlensQ) || !a.Has(kQLengths), "aux", "without q_lengths if packed", a.aux);
+    return;
+  }
+  expect(!a.Has(kPageTable), "aux", "without page_table", a.aux);
   expect(a.Has(kCuSeqlensQ) == a.Has(kCuSeqlensKv), "aux",
          "with cu_seqlens of both sides or of none", a.aux);
   expect(!a.Has(kCuSeqlensQ) || (a.aux & (kQLengths | kKvLengths | kQSegmentIds)) == 0, "aux",
@@ -248,11 +263,12 @@ DType ReadDType(const ffi::AnyBuffer& q, Checker& check) {
   }
 }
 
-// Sizes and dtype from q, k, v, all three checked against each other.
-Problem ReadProblem(const Attributes& attrs, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
-                    const ffi::AnyBuffer& v, Checker& check) {
+// Sizes and dtype from q, k, v, all three checked against each other. heads_first says how pages
+// are laid out; their kv_len is left to ReadPageTable.
+Problem ReadProblem(const Attributes& attrs, Keys keys, bool heads_first, const ffi::AnyBuffer& q,
+                    const ffi::AnyBuffer& k, const ffi::AnyBuffer& v, Checker& check) {
   Problem p{};
-  CheckAttributes(attrs, check);
+  CheckAttributes(attrs, keys, check);
   if (!check.Rank(q, "q", 4) || !check.Rank(k, "k", 4) || !check.Rank(v, "v", 4)) return p;
   const auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions();
   p.dtype = ReadDType(q, check);
@@ -260,9 +276,20 @@ Problem ReadProblem(const Attributes& attrs, const ffi::AnyBuffer& q, const ffi:
   p.q_len = qd[1];
   p.num_heads = qd[2];
   p.head_dim = qd[3];
-  p.kv_len = kd[1];
-  p.num_kv_heads = kd[2];
   p.head_dim_v = vd[3];
+  if (keys == Keys::kPaged) {
+    p.heads_first = heads_first;
+    p.num_pages = kd[0];
+    p.page_size = kd[heads_first ? 2 : 1];
+    p.num_kv_heads = kd[heads_first ? 1 : 2];
+    if (p.num_pages < 1 || p.page_size < 1) {
+      check.Fail("there must be at least 1 page of at least 1 token, got " +
+                 std::to_string(p.num_pages) + " of " + std::to_string(p.page_size));
+    }
+  } else {
+    p.kv_len = kd[1];
+    p.num_kv_heads = kd[2];
+  }
   if (p.num_heads < 1 || p.num_kv_heads < 1 || p.head_dim < 1 || p.head_dim_v < 1) {
     check.Fail("heads and head dims must be at least 1, got q " + Join(QDims(p)) + ", v " +
                Join(VDims(p)));
@@ -286,9 +313,26 @@ Problem ReadProblem(const Attributes& attrs, const ffi::AnyBuffer& q, const ffi:
   return p;
 }
 
+// What only the table tells, which comes last: how long the keys may be, and if packed how many
+// sequences there are.
+void ReadPageTable(const Attributes& attrs, Operands& operands, Checker& check, Problem& p) {
+  const bool packed = attrs.Has(kCuSeqlensQ);
+  const ffi::AnyBuffer* table = operands.Last("page_table");
+  if (table == nullptr || !check.Rank(*table, "page_table", packed ? 3 : 2)) return;
+  p.pages_per_seq = table->dimensions().back();
+  if (packed) p.num_sequences = table->dimensions()[1];
+  if (p.pages_per_seq < 1 || (packed && p.num_sequences < 1)) {
+    check.Fail("page_table must be of at least 1 sequence and 1 page");
+  } else if (p.pages_per_seq > INT32_MAX / p.page_size) {
+    check.Fail("lengths must be below 2^31, got " + std::to_string(p.pages_per_seq) + " pages of " +
+               std::to_string(p.page_size));
+  }
+  p.kv_len = p.pages_per_seq * p.page_size;
+}
+
 void ReadOptional(const Attributes& attrs, Operands& operands, Checker& check, Problem& p) {
   const bool packed = attrs.Has(kCuSeqlensQ);
-  if (packed) {
+  if (packed && attrs.Has(kCuSeqlensKv)) {
     // How many sequences there are only the boundaries tell, and they come last.
     const ffi::AnyBuffer* ends = operands.Last("cu_seqlens_kv");
     if (ends == nullptr || !check.Rank(*ends, "cu_seqlens_kv", 2)) return;
@@ -307,16 +351,19 @@ void ReadOptional(const Attributes& attrs, Operands& operands, Checker& check, P
                           : nullptr;
   };
   const int64_t B = p.batch, N = p.num_heads, n = p.num_sequences;
-  p.query_offsets =
-      packed ? ints(kQueryOffset, "query_offset", {B, n}) : ints(kQueryOffset, "query_offset", {B});
+  const std::vector<int64_t> per_sequence = packed ? std::vector{B, n} : std::vector{B};
+  p.query_offsets = ints(kQueryOffset, "query_offset", per_sequence);
   p.q_lengths = ints(kQLengths, "q_lengths", {B});
-  p.kv_lengths = ints(kKvLengths, "kv_lengths", {B});
+  p.kv_lengths = ints(kKvLengths, "kv_lengths", per_sequence);
   p.q_segment_ids = ints(kQSegmentIds, "q_segment_ids", {B, p.q_len});
   p.kv_segment_ids = ints(kKvSegmentIds, "kv_segment_ids", {B, p.kv_len});
   p.alibi_slopes = floats(kAlibiSlopes, "alibi_slopes", {B, N});
   p.sinks = floats(kSinks, "sinks", {B, N});
   p.cu_seqlens_q = ints(kCuSeqlensQ, "cu_seqlens_q", {B, n + 1});
   p.cu_seqlens_kv = ints(kCuSeqlensKv, "cu_seqlens_kv", {B, n + 1});
+  std::vector<int64_t> table = per_sequence;
+  table.push_back(p.pages_per_seq);
+  p.page_table = ints(kPageTable, "page_table", table);
 }
 
 ffi::Error OutOfMemory() {
@@ -324,8 +371,8 @@ ffi::Error OutOfMemory() {
                     "jax_flashattn: no memory for the kernels' tiles");
 }
 
-ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-               const Attributes& attrs) {
+ffi::Error RunForward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                      const Attributes& attrs, Keys keys, bool heads_first) {
   Checker check;
   Operands operands(args, "operand", check);
   Results results(rets, "result", check);
@@ -333,7 +380,8 @@ ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   if (!check.ok()) return check.error();
   FwdArgs call{};
   Problem& p = call.problem;
-  p = ReadProblem(attrs, *q, *k, *v, check);
+  p = ReadProblem(attrs, keys, heads_first, *q, *k, *v, check);
+  if (check.ok() && keys == Keys::kPaged) ReadPageTable(attrs, operands, check, p);
   if (!check.ok()) return check.error();
   const ffi::DataType dtype = q->element_type();
   call.q = q->untyped_data();
@@ -350,8 +398,18 @@ ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   return Forward(call, executor) ? ffi::Error::Success() : OutOfMemory();
 }
 
-ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+ffi::Error Fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                const Attributes& attrs) {
+  return RunForward(pool, args, rets, attrs, Keys::kDense, false);
+}
+
+ffi::Error Paged(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 const Attributes& attrs, bool heads_first) {
+  return RunForward(pool, args, rets, attrs, Keys::kPaged, heads_first);
+}
+
+ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               const Attributes& attrs, bool has_dlse) {
   Checker check;
   Operands operands(args, "operand", check);
   Results results(rets, "result", check);
@@ -359,7 +417,7 @@ ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   if (!check.ok()) return check.error();
   BwdArgs call{};
   Problem& p = call.problem;
-  p = ReadProblem(attrs, *q, *k, *v, check);
+  p = ReadProblem(attrs, Keys::kDense, false, *q, *k, *v, check);
   if (attrs.Has(kSinks)) check.Fail("attribute aux must be without sinks in backward");
   if (!check.ok()) return check.error();
   const ffi::DataType dtype = q->element_type();
@@ -369,7 +427,7 @@ ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   call.out = operands.Take("out", dtype, OutDims(p));
   call.lse = static_cast<const float*>(operands.Take("lse", ffi::F32, LseDims(p)));
   call.dout = operands.Take("dout", dtype, OutDims(p));
-  if (attrs.has_dlse) {
+  if (has_dlse) {
     call.dlse = static_cast<const float*>(operands.Take("dlse", ffi::F32, LseDims(p)));
   }
   ReadOptional(attrs, operands, check, p);
@@ -391,21 +449,23 @@ ffi::Error Bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   return Backward(call, executor) ? ffi::Error::Success() : OutOfMemory();
 }
 
-// The handlers proper, by whose signature FFI decodes a call. A... are the types of Attributes'
-// members, in their order.
-using Run = ffi::Error(ffi::ThreadPool, ffi::RemainingArgs, ffi::RemainingRets, const Attributes&);
-
-template <Run* run, typename... A>
+// The handlers proper, by whose signature FFI decodes a call: Attributes' members in their order,
+// and what one handler has beyond them.
+template <auto run, typename... More>
 ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                  A... attrs) {
-  return run(pool, args, rets, Attributes{attrs...});
+                  float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                  int64_t window_left, int64_t window_right, int64_t sink_tokens, int64_t aux,
+                  More... more) {
+  const Attributes attrs = {scale,       soft_cap,     is_causal,   query_offset,
+                            window_left, window_right, sink_tokens, aux};
+  return run(pool, args, rets, attrs, more...);
 }
 
-constexpr auto kFwd = Handle<Fwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
-constexpr auto kBwd =
-    Handle<Bwd, float, float, bool, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+constexpr auto kFwd = Handle<Fwd>;
+constexpr auto kBwd = Handle<Bwd, bool>;
+constexpr auto kPaged = Handle<Paged, bool>;
 
-auto BindFwd() {
+auto Bind() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .RemainingArgs()
@@ -422,7 +482,8 @@ auto BindFwd() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FwdExecute, kFwd, BindFwd());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BwdExecute, kBwd, BindFwd().Attr<bool>("has_dlse"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FwdExecute, kFwd, Bind());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BwdExecute, kBwd, Bind().Attr<bool>("has_dlse"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedExecute, kPaged, Bind().Attr<bool>("heads_first"));
 
 }  // namespace jfa::cpu

@@ -8,6 +8,7 @@ namespace jfa::cpu {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FwdExecute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(BwdExecute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PagedExecute);
 
 }  // namespace jfa::cpu
 

@@ -28,6 +28,7 @@ struct Sequence {
   int64_t offset;            // position of row 0
   const int32_t* q_ids;      // segment of each row, or null
   const int32_t* kv_ids;     // segment of each key, or null
+  const int32_t* pages;      // its row of the page table, or null
   int64_t num_row_tiles;     // of one key head
   int64_t row_tiles_before;  // of one key head, in the sequences before this one
 };

@@ -6,14 +6,14 @@
 // Roles       Of warpgroup 0 the first warp orders copies; the other three transpose V, block after
 //             block: products of 8-bit floats want both operands with the inner dimension along
 //             rows, and V has the head dim there.
-// Keys        P takes the registers of S as they are, which permutes keys as transpose_sm90.cuh
-// does. Dims        That also permutes V's dims; Store renames registers. Weights weights_fp8.cuh:
-// of e4m3, by one of two ways (kOptimistic). Precision   The tensor cores keep about 14 bits of a
-// sum of such products. With kTwoLevel each
+// Keys        P takes the registers of S as they are: keys are permuted (transpose_sm90.cuh).
+// Dims        That also permutes V's dims; Store renames registers.
+// Weights     Of e4m3, by one of two ways (kOptimistic): weights_fp8.cuh.
+// Precision   The tensor cores keep about 14 bits of a sum of such products. With kTwoLevel each
 //             block's P V begins at zero and is added in f32; there is no room then to run it under
 //             the softmax, which other warpgroups fill instead.
-// Shared      kStagesQ buffers of Q, kStages of K and of V^T, kStagesV of V as it comes; the
-// output. Registers   as fwd_sm90.cuh, with weights of kBlockN / 8.
+// Shared      kStagesQ buffers of Q, kStages of K and of V^T, kStagesV of V, and the output.
+// Registers   As fwd_sm90.cuh, with weights of kBlockN / 8.
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 

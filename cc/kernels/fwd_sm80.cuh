@@ -130,12 +130,10 @@ struct FwdSm80 {
     CpAsyncCommit();
     auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
         mask, ids, row0, reinterpret_cast<int*>(smem + TileQ::kBytes));
-    const TileLoader<TileK, kThreads, C::kAligned> load_k(
-        RowPointer(params.k, work.batch, kv_head, sequence.kv_begin), params.k.row_stride,
-        problem.head_dim);
-    const TileLoader<TileV, kThreads, C::kAligned> load_v(
-        RowPointer(params.v, work.batch, kv_head, sequence.kv_begin), params.v.row_stride,
-        problem.head_dim_v);
+    const auto load_k = MakeKeyLoader<TileK, kThreads, C::kAligned, C::kPaged>(
+        params, params.k, problem.head_dim, sequence, work.batch, kv_head);
+    const auto load_v = MakeKeyLoader<TileV, kThreads, C::kAligned, C::kPaged>(
+        params, params.v, problem.head_dim_v, sequence, work.batch, kv_head);
 
     Output out;
     Clear(out);
@@ -233,7 +231,7 @@ struct FwdSm80 {
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        typename OnlineSoftmax<kRowBlocks>::Result result = softmax.Finalize(2 * m + half, sink);
+        RowResult result = softmax.Finalize(2 * m + half, sink);
         const int row = tile.row0 + block_row + lane / 4 + 8 * half;
         // Padding rows were zeros that saw every key: their mean of V must not get out.
         if (row >= tile.q_len) result = {0.f, -Infinity()};

@@ -8,7 +8,8 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V. Each other warpgroup consumes: it owns 64 rows of the tile.
+//             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
+//             warpgroup consumes: it owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
@@ -26,6 +27,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
+#include "copies_sm90.cuh"
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
 #include "results_sm90.cuh"
@@ -45,8 +47,8 @@ struct FwdSm90 {
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
-  // among sequences or segments a producer needs more than to walk over plain ones.
-  static constexpr bool kSearches = C::kPacked || C::kSegments;
+  // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
+  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
   static constexpr int kProducerRegisters = kSearches                    ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
@@ -118,16 +120,8 @@ struct FwdSm90 {
 
   // --- producer: one warp, of which one lane gives the orders ---------------------------------
 
-  template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
-                              int head, int batch, uint64 policy) {
-    MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
-#pragma unroll
-    for (int panel = 0; panel < kPanelCount; ++panel) {
-      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
-              policy);
-    }
-  }
+  using Copies = CopiesSm90<C>;
+  using KeyPlace = typename Copies::KeyPlace;
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
@@ -139,17 +133,15 @@ struct FwdSm90 {
     RingQ q;
     Ring k, v;
     // Values are needed one block later than keys, so their copies are ordered one block later.
-    int row_v = -1, head_v = 0, batch_v = 0;
+    // Over pages another warp does it: each box takes an order.
+    KeyPlace values;
     const auto load_values = [&] {
-      if (row_v < 0) return;
-      if (leader) {
-        MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-        Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
-                                     Address(smem, kFullV, v.stage), row_v, head_v, batch_v,
-                                     kL2EvictLast);
-      }
+      if (C::kPaged || values.row < 0) return;
+      Copies::template LoadKeys<kPanelsV>(
+          params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+          Address(smem, kEmptyV, v.stage), v.parity, values, leader);
       v.Advance();
-      row_v = -1;
+      values.row = -1;
     };
     while (walk.Next(&tile)) {
       Work* slot = Slot(smem_pointer, t.stage);
@@ -163,32 +155,31 @@ struct FwdSm90 {
       Keys keys = slot->keys;
       int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
-      for (; block >= 0; block = keys.Next(block)) {
-        const int row = slot->tile.sequence.kv_begin + block * C::kBlockN;
+      KeyPlace place;
+      place.Set(params, slot->tile, block);
+      while (block >= 0) {
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-          Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
-                                      Address(smem, kFullK, k.stage), row, slot->tile.kv_head,
-                                      slot->tile.batch, kL2EvictLast);
-        }
+        Copies::template LoadKeys<kPanels>(
+            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
+            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
         k.Advance();
         if (is_first) {
           if (leader) {
             MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
-                                        Address(smem, kFullQ, q.stage),
-                                        slot->tile.sequence.q_begin + slot->tile.row0,
-                                        slot->tile.head, slot->tile.batch, kL2EvictFirst);
+            Copies::template Load<kPanels, kPanelBytesM>(
+                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
+                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
+                kL2EvictFirst);
           }
           q.Advance();
           is_first = false;
         }
         load_values();
-        row_v = row;
-        head_v = slot->tile.kv_head;
-        batch_v = slot->tile.batch;
+        values = place;
+        // Pages are looked up a block ahead.
+        block = keys.Next(block);
+        place.Set(params, slot->tile, block);
       }
     }
     load_values();
@@ -196,6 +187,30 @@ struct FwdSm90 {
       MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Slot(smem_pointer, t.stage)->tile.row0 = -1;
       MbarrierArrive(Address(smem, kFullTile, t.stage));
+    }
+  }
+
+  // The second warp of a paged call's producers: all values.
+  static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    TileWalk walk(params);
+    Tile tile;
+    Ring v;
+    while (walk.Next(&tile)) {
+      const Mask mask(params.fwd.problem, tile.sequence);
+      const typename Tiles::Ids ids(params.fwd.problem, tile.batch, tile.kv_head);
+      Keys keys = Tiles::KeysOf(tile, mask, ids);
+      int block = keys.First();
+      KeyPlace place;
+      place.Set(params, tile, block);
+      while (block >= 0) {
+        Copies::template LoadKeys<kPanelsV>(
+            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+            Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
+        v.Advance();
+        block = keys.Next(block);
+        place.Set(params, tile, block);
+      }
     }
   }
 
@@ -283,7 +298,8 @@ struct FwdSm90 {
                                       uint32 smem, const Ring& v, int group) {
     const Sequence& sequence = work.tile.sequence;
     const int row = sequence.kv_len - block * C::kBlockN;
-    if (row >= C::kBlockN || sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
+    if (row >= C::kBlockN) return;
+    if (!C::kPaged && sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
     MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
     for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
          i += kGroupThreads) {
@@ -523,7 +539,11 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) Produce(params, smem_pointer);
+      if (threadIdx.x < kWarpSize) {
+        Produce(params, smem_pointer);
+      } else if (C::kPaged && threadIdx.x < 2 * kWarpSize) {
+        ProduceValues(params, smem_pointer);
+      }
     } else {
       ClaimRegisters<kConsumerRegisters>();
       Consume(params, smem_pointer, group - 1);

@@ -61,6 +61,7 @@ struct Sequence {
   int q_rows, kv_rows;    // tokens whose results are to be written
   int q_begin, kv_begin;  // the first token's place in the arrays
   int scratch_begin;      // and its row in the backward's scratch
+  int table_row;          // of a paged call
   int offset;
 
   // Lengths outside [0, T] and [0, S] are clamped.
@@ -72,6 +73,7 @@ struct Sequence {
     s.q_rows = p.q_len;
     s.kv_rows = p.kv_len;
     s.q_begin = s.kv_begin = s.scratch_begin = 0;
+    s.table_row = batch;
     s.offset = p.query_offsets ? p.query_offsets[index] : p.query_offset;
     return s;
   }
@@ -83,10 +85,16 @@ struct Sequence {
     const int* ends_kv = p.cu_seqlens_kv + head * (n + 1);
     Sequence s;
     s.q_begin = Boundary(ends_q, n, p.q_len, index);
-    s.kv_begin = Boundary(ends_kv, n, p.kv_len, index);
     s.q_rows = Max(Boundary(ends_q, n, p.q_len, index + 1) - s.q_begin, 0);
-    s.kv_rows = Max(Boundary(ends_kv, n, p.kv_len, index + 1) - s.kv_begin, 0);
     const bool is_tail = index == n;
+    if (p.cu_seqlens_kv != nullptr) {
+      s.kv_begin = Boundary(ends_kv, n, p.kv_len, index);
+      s.kv_rows = Max(Boundary(ends_kv, n, p.kv_len, index + 1) - s.kv_begin, 0);
+    } else {  // only queries are packed: keys are in pages
+      s.kv_begin = 0;
+      s.kv_rows = is_tail ? 0 : Clamp(p.kv_lengths[head * n + index], 0, p.kv_len);
+    }
+    s.table_row = batch * n + Min(index, n - 1);
     s.q_len = is_tail ? 0 : s.q_rows;
     s.kv_len = is_tail ? 0 : s.kv_rows;
     // Whole tiles for each sequence: at most one tile is lost between two neighbours.
@@ -97,6 +105,12 @@ struct Sequence {
 
   static constexpr int kScratchTile = 128;
 };
+
+// The page of a sequence's key; whatever the table holds, it is one.
+JFA_DEVICE int PageOf(const PagesArg& pages, int table_row, int key) {
+  const int* row = pages.table + static_cast<int64>(table_row) * pages.max_pages;
+  return Clamp(__ldg(row + (key >> pages.page_log2)), 0, pages.num_pages - 1);
+}
 
 // Upper bound on the tiles of kBlock tokens; packed sequences may each end in a partial one.
 template <bool kPacked, int kBlock>
@@ -180,6 +194,43 @@ JFA_DEVICE bool SelectKeys(const ProblemParams& p, WorkItem& work, Sequence& seq
 JFA_DEVICE uint16* RowPointer(const TensorArg& tensor, int batch, int head, int row) {
   return static_cast<uint16*>(tensor.data) + batch * tensor.batch_stride +
          head * tensor.head_stride + row * tensor.row_stride;
+}
+
+// As TileLoader, of rows that are in pages.
+template <class Tile, int kThreads, bool kAligned>
+struct PagedLoader {
+  using Rows = TileLoader<Tile, kThreads, kAligned>;
+  using Map = typename Rows::Map;
+  const PagesArg& pages;
+  const TensorArg& tensor;
+  int table_row, kv_head, dim;
+
+  JFA_DEVICE void Load(uint32 tile, int first_row, int end) const {
+    const Map map(ReadThreadIndex());
+    const int valid_groups = map.ValidGroups(dim);
+#pragma unroll
+    for (int pass = 0; pass < Map::kPasses; ++pass) {
+      const int row = map.row + pass * Map::kRowStep, key = first_row + row;
+      if (!Map::InTile(row)) continue;
+      const bool valid = key < end;
+      const int page = valid ? PageOf(pages, table_row, key) : 0;
+      const uint16* source =
+          RowPointer(tensor, page, kv_head, key & ((1 << pages.page_log2) - 1)) + map.column;
+      Rows::LoadRow(map, tile, pass, source, valid, valid_groups, dim);
+    }
+  }
+};
+
+// What brings the keys or values of one (batch, key head) to a tile in shared memory.
+template <class Tile, int kThreads, bool kAligned, bool kPaged>
+JFA_DEVICE auto MakeKeyLoader(const FwdParams& p, const TensorArg& tensor, int dim,
+                              const Sequence& sequence, int batch, int kv_head) {
+  if constexpr (kPaged) {
+    return PagedLoader<Tile, kThreads, kAligned>{p.pages, tensor, sequence.table_row, kv_head, dim};
+  } else {
+    return TileLoader<Tile, kThreads, kAligned>(
+        RowPointer(tensor, batch, kv_head, sequence.kv_begin), tensor.row_stride, dim);
+  }
 }
 
 // Index of row 0 of a (batch, query head) in LSE-shaped arrays [batch, num_heads, q_len].

@@ -94,9 +94,12 @@ struct BandMask {
   // hides. Rows beyond q_len don't count: nobody reads their results.
   template <int kBlockM, int kBlockN>
   JFA_DEVICE bool NeedsMask(int row, int key) const {
-    bool needs = key + kBlockN > kv_len;
-    if constexpr (kHasHigh) needs |= key + kBlockN - 1 - row >= high;
-    if constexpr (kHasLow) needs |= key - (row + kBlockM - 1) < low;
+    return NeedsMask(row, row + kBlockM - 1, key, key + kBlockN - 1);
+  }
+  JFA_DEVICE bool NeedsMask(int first_row, int last_row, int first_key, int last_key) const {
+    bool needs = last_key >= kv_len;
+    if constexpr (kHasHigh) needs |= last_key - first_row >= high;
+    if constexpr (kHasLow) needs |= first_key - last_row < low;
     return needs;
   }
 
@@ -124,6 +127,33 @@ struct BandMask {
   static constexpr int kFar = 1 << 30;  // beyond any row or key, far from overflow
 };
 
+// The key blocks in which some row sees a key: [0, sink_blocks) for the sink tokens, and those of
+// the band, which don't overlap them.
+struct KeyBlockSet {
+  BlockRange band;
+  int sink_blocks;
+
+  template <int kBlockN, class Mask>
+  static JFA_DEVICE KeyBlockSet Of(const Mask& mask, int row_begin, int row_end) {
+    KeyBlockSet set = {mask.template KeyBlocks<kBlockN>(row_begin, row_end),
+                       mask.template SinkBlocks<kBlockN>(row_begin, row_end)};
+    if (set.band.IsEmpty()) {
+      set.band = {set.sink_blocks, set.sink_blocks};
+    } else if (set.sink_blocks > set.band.begin) {
+      // They touch: the sinks may even reach beyond the band.
+      set.band.end = Max(set.band.end, set.sink_blocks);
+      set.sink_blocks = set.band.begin;
+    }
+    return set;
+  }
+
+  JFA_DEVICE int Count() const { return sink_blocks + band.end - band.begin; }
+  // Block number `index` from the left.
+  JFA_DEVICE int At(int index) const {
+    return index < sink_blocks ? index : band.begin + index - sink_blocks;
+  }
+};
+
 // The key blocks that a tile of rows visits, from the right to the left: those of the band, then
 // those of the sink tokens. -1 is the end.
 template <MaskKind kKind, bool kSegments, int kBlockM, int kBlockN>
@@ -139,15 +169,9 @@ struct KeyWalk {
   static JFA_DEVICE KeyWalk Of(const BandMask<kKind>& mask, const SegmentIds<kSegments>& ids,
                                int row0, int* smem) {
     KeyWalk walk;
-    walk.band = mask.template KeyBlocks<kBlockN>(row0, row0 + kBlockM);
-    walk.sink_blocks = mask.template SinkBlocks<kBlockN>(row0, row0 + kBlockM);
-    if (walk.band.IsEmpty()) {
-      walk.band = {walk.sink_blocks, walk.sink_blocks};
-    } else if (walk.sink_blocks > walk.band.begin) {
-      // They touch: the sinks may even reach beyond the band.
-      walk.band.end = Max(walk.band.end, walk.sink_blocks);
-      walk.sink_blocks = walk.band.begin;
-    }
+    const KeyBlockSet set = KeyBlockSet::Of<kBlockN>(mask, row0, row0 + kBlockM);
+    walk.band = set.band;
+    walk.sink_blocks = set.sink_blocks;
     walk.keys = ids.keys;
     if constexpr (kSegments) {
       walk.own = ids.queries.template RangeOf<kBlockM>(row0 / kBlockM);

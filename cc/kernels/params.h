@@ -48,9 +48,19 @@ struct ProblemParams {
   const int* cu_seqlens_kv;      // [batch, num_kv_heads, num_sequences + 1]
 };
 
+// Where the keys of paged sequences are. Then k's and v's batch_stride is that from page to page, a
+// row of them is a token of a page, and kv_len is what a row of the table can hold.
+struct PagesArg {
+  const int* table;  // [batch, max_pages], or [batch, num_sequences, max_pages]; null: not paged
+  int max_pages;
+  int num_pages;
+  int page_log2;  // tokens of a page
+};
+
 struct FwdParams {
   ProblemParams problem;
   TensorArg q, k, v, out;
+  PagesArg pages;
   const float* sinks;  // [batch, num_heads], natural logits
   float* lse;          // [batch, num_heads, q_len], natural log
   // 8-bit floats only: factors of the scores and of the output.
@@ -66,7 +76,18 @@ struct alignas(64) TensorMap {
 struct FwdSm90Params {
   TensorMap q, k, v, out;
   FwdParams fwd;
-  int paired;  // work items are pairs of row tiles, one from each end of the rows
+  int box_rows;  // of k's and v's boxes: a block of keys, or what of it is surely in one page
+  int paired;    // work items are pairs of row tiles, one from each end of the rows
+};
+
+struct DecodeParams {
+  TensorMap k, v;  // where the copy engine is used
+  int box_rows;    // rows of their boxes: a block of keys, or what of it is surely in one page
+  FwdParams fwd;
+  int num_ctas;    // that share the key blocks
+  int rows;        // queries of one key head: q_len * group
+  int row_tiles;   // tiles of kRows of them
+  float* scratch;  // DecodeScratch in decode_share.cuh
 };
 
 struct BwdParams {

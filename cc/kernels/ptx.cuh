@@ -144,6 +144,21 @@ JFA_DEVICE float ToFloat(uint16 bits) {
   }
 }
 
+// --- a kernel that starts before the end of the one before it (sm_90) ----------------------------
+
+// Everything that the kernel before has written is there.
+JFA_DEVICE void WaitForKernelBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The kernel behind may start once all CTAs say so.
+JFA_DEVICE void LetKernelBehindStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- global memory ----------------------------------------------------------------------------
 
 JFA_DEVICE void RedAdd(float* gmem, float value) {
@@ -179,6 +194,13 @@ JFA_DEVICE int WarpMax(int x) {
   int y;
   asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
   return y;
+}
+JFA_DEVICE float WarpMax(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, distance));
+  }
+  return x;
 }
 JFA_DEVICE float WarpSum(float x) {
 #pragma unroll

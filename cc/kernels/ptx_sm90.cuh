@@ -1,59 +1,19 @@
-// Hopper's own instructions (sm_90a), one per function: mbarriers, the tensor copy engine (TMA),
-// warpgroup matrix products (wgmma), register reallocation and named barriers.
+// Hopper's own instructions (sm_90a), one per function: the tensor copy engine (TMA), warpgroup
+// matrix products (wgmma) and register reallocation.
 #ifndef JAX_FLASHATTN_CC_KERNELS_PTX_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_PTX_SM90_CUH_
 
+#include "barriers.cuh"
 #include "params.h"
 #include "ptx.cuh"
 
 namespace jfa {
-
-// --- mbarriers --------------------------------------------------------------------------------
-
-JFA_DEVICE void MbarrierInit(uint32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// Makes initialised barriers visible to the copy engine.
-JFA_DEVICE void FenceMbarrierInit() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-JFA_DEVICE void MbarrierArrive(uint32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-JFA_DEVICE void MbarrierArriveExpect(uint32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-JFA_DEVICE bool MbarrierTryWait(uint32 barrier, uint32 parity) {
-  uint32 done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-JFA_DEVICE void MbarrierWait(uint32 barrier, uint32 parity) {
-  while (!MbarrierTryWait(barrier, parity)) {
-  }
-}
 
 // Inline, because a plain store of a uint4 that was put together from selects is split in four.
 JFA_DEVICE void StoreGlobal16(void* gmem, const uint32 (&w)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "r"(w[0]), "r"(w[1]),
                "r"(w[2]), "r"(w[3])
                : "memory");
-}
-
-// --- named barriers: id 0 is __syncthreads -------------------------------------------------------
-
-JFA_DEVICE void NamedBarrierSync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-JFA_DEVICE void NamedBarrierArrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // --- the tensor copy engine ---
@@ -66,6 +26,7 @@ JFA_DEVICE void TmaPrefetch(const TensorMap* map) {
 }
 
 // L2 policies as createpolicy makes them.
+constexpr uint64 kL2EvictNormal = 0x1000000000000000ull;
 constexpr uint64 kL2EvictFirst = 0x12f0000000000000ull;
 constexpr uint64 kL2EvictLast = 0x14f0000000000000ull;
 

@@ -51,7 +51,7 @@ struct ResultsSm90 {
     float normalizer[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const typename Softmax::Result result = softmax.Finalize(half, sink);
+      const RowResult result = softmax.Finalize(half, sink);
       const int row = RowScores<4, 1, 1>::RowOf(tile.row0 - kGroupRows, half);
       if (writes && row < sequence.q_rows) {
         lse[row] = row < sequence.q_len ? result.lse : -Infinity();

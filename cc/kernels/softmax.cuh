@@ -13,6 +13,26 @@
 
 namespace jfa {
 
+struct RowResult {
+  float normalizer;  // factor of the output; 0 for a row that saw nothing
+  float lse;         // natural log
+};
+
+// From the sum of all of a row's weights. `sink` is one more logit, natural, that has no value;
+// -inf is none.
+JFA_DEVICE RowResult FinishRow(float total, float neg_reference, float sink) {
+  if (sink == -Infinity()) {
+    if (total == 0.f) return {0.f, -Infinity()};
+    return {Reciprocal(total), kLn2 * (Log2(total) - neg_reference)};
+  }
+  // The larger of the two becomes the reference, or the other's weight might overflow.
+  const float sink_log2 = sink * kLog2e;
+  const float reference = fmaxf(-neg_reference, sink_log2);
+  const float factor = Exp2(-neg_reference - reference);
+  const float with_sink = fmaf(total, factor, Exp2(sink_log2 - reference));
+  return {factor * Reciprocal(with_sink), kLn2 * (Log2(with_sink) + reference)};
+}
+
 // For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block. A
 // new reference gives its row's largest weight 2^kTop_, of 2^8 at most.
 template <int kM, int kTop_ = 0>
@@ -88,23 +108,8 @@ struct OnlineSoftmax {
     return p;
   }
 
-  struct Result {
-    float normalizer;  // factor of the output; 0 for a row that saw nothing
-    float lse;         // natural log
-  };
-  // `sink` is one more logit, natural, that has no value; -inf is none.
-  JFA_DEVICE Result Finalize(int r, float sink) const {
-    const float total = QuadSum(sum[r]);
-    if (sink == -Infinity()) {
-      if (total == 0.f) return {0.f, -Infinity()};
-      return {Reciprocal(total), kLn2 * (Log2(total) - neg_reference[r])};
-    }
-    // The larger of the two becomes the reference, or the other's weight might overflow.
-    const float sink_log2 = sink * kLog2e;
-    const float reference = fmaxf(-neg_reference[r], sink_log2);
-    const float factor = Exp2(-neg_reference[r] - reference);
-    const float with_sink = fmaf(total, factor, Exp2(sink_log2 - reference));
-    return {factor * Reciprocal(with_sink), kLn2 * (Log2(with_sink) + reference)};
+  JFA_DEVICE RowResult Finalize(int r, float sink) const {
+    return FinishRow(QuadSum(sum[r]), neg_reference[r], sink);
   }
 
  private:

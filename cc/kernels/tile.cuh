@@ -214,21 +214,26 @@ struct TileLoader {
 #pragma unroll
     for (int pass = 0; pass < Map::kPasses; ++pass) {
       if (Map::InTile(map.row + pass * Map::kRowStep)) {
-        const bool row_valid = pass * Map::kRowStep < rows_left;
-#pragma unroll
-        for (int group = 0; group < Map::kGroups; ++group) {
-          const uint32 target =
-              tile + map.offset + pass * Map::kRowStep * Tile::kPitch + group * Map::kLanes * 16;
-          const bool valid = row_valid && group < valid_groups;
-          const uint16* chunk = source + group * Map::kLanes * 8;
-          if constexpr (kAligned) {
-            CpAsync16(target, chunk, valid ? 16 : 0);
-          } else {
-            LoadElements(target, chunk, valid ? dim - map.column - group * Map::kLanes * 8 : 0);
-          }
-        }
+        LoadRow(map, tile, pass, source, pass * Map::kRowStep < rows_left, valid_groups, dim);
       }
       source += Map::kRowStep * stride;
+    }
+  }
+
+  // A thread's chunks of its row in one pass, which begin at `source`.
+  static JFA_DEVICE void LoadRow(const Map& map, uint32 tile, int pass, const uint16* source,
+                                 bool row_valid, int valid_groups, int dim) {
+#pragma unroll
+    for (int group = 0; group < Map::kGroups; ++group) {
+      const uint32 target =
+          tile + map.offset + pass * Map::kRowStep * Tile::kPitch + group * Map::kLanes * 16;
+      const bool valid = row_valid && group < valid_groups;
+      const uint16* chunk = source + group * Map::kLanes * 8;
+      if constexpr (kAligned) {
+        CpAsync16(target, chunk, valid ? 16 : 0);
+      } else {
+        LoadElements(target, chunk, valid ? dim - map.column - group * Map::kLanes * 8 : 0);
+      }
     }
   }
 

@@ -8,19 +8,6 @@
 
 namespace jfa {
 
-// Position in a ring of kStages buffers; the parity of a buffer's barriers flips with each round.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32 parity = 0;
-  JFA_DEVICE void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class C>
 struct TilesSm90 {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);

@@ -1,0 +1,527 @@
+// Attention of few queries over long keys: decoding, bound by how fast K and V can be read.
+//
+//   one tile = kRows queries of one key head (all query heads of its group, all new tokens)
+//
+//                 kHeadDim                          kBlockN keys, left to right ->
+//            +----------------+               warp 0   warp 1   warp 2   warp 3
+//   kRows    |  Q (shared)    |   x K^T  =   |16 keys|16 keys|16 keys|16 keys|  next block ...
+//            +----------------+
+//
+// Roles       Four warps consume, with mma.sync: kRows / 16 of them side by side share out the
+//             queries, the others the keys of a block, each with an online softmax of its own. The
+//             rest produce: they keep a ring of kStages buffers full, a block of K, then one of V,
+//             across tiles. With
+//             kTma it is one warp that orders copies by the tensor copy engine, else four that use
+//             cp.async.
+// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks.
+// Keys        dense, or in pages that the producers look up; consumers see no difference.
+// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers.
+// Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
+//             time) and for going from fragments to rows. plan.cc computes the same sum.
+// Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
+#ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_
+
+#include "barriers.cuh"
+#include "decode_share.cuh"
+#include "logits.cuh"
+#include "ptx_sm90.cuh"
+#include "softmax.cuh"
+
+namespace jfa {
+
+template <class C>
+struct Decode {
+  static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+  static constexpr int kConsumerWarps = 4, kConsumers = kConsumerWarps * kWarpSize;
+  static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
+  static constexpr int kProducerWarps = C::kTma ? 1 : 4;
+  static constexpr int kKeyBlocks = C::kBlockN / 16 / kKeyWarps;  // of a warp, 16 keys each
+  static constexpr int kDimBlocks = C::kHeadDim / 16, kOutBlocks = C::kHeadDimV / 16;
+
+  // Tiles are panels of 64 columns, as the copy engine swizzles them.
+  static constexpr int kPanelColumns = 64, kPanelBlocks = kPanelColumns / 16;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  using PanelQ = SmemTile<C::kRows, kPanelColumns>;
+  using PanelN = SmemTile<C::kBlockN, kPanelColumns>;
+  static constexpr int kStageBytes = (kPanels > kPanelsV ? kPanels : kPanelsV) * PanelN::kBytes;
+  static constexpr int kMergePitch = kPanelColumns + 8;  // floats: rows of 8 lanes in other banks
+
+  static constexpr int kSmemQ = C::kStages * kStageBytes;
+  static constexpr int kSmemMerge = kSmemQ + kPanels * PanelQ::kBytes;
+  static constexpr int kSmemStats = kSmemMerge + 4 * 16 * kConsumerWarps * kMergePitch;
+  static constexpr int kSmemBarriers = kSmemStats + 8 * 16 * kConsumerWarps;
+  static constexpr int kSmemBytes = kSmemBarriers + 16 * C::kStages;
+  enum NamedBarrier { kConsumersDone = 1 };
+
+  static_assert(C::kRows == 16 || C::kRows == 32 || C::kRows == 64,
+                "four warps share out the rows");
+  static_assert(kKeyBlocks >= 1 && C::kBlockN % (16 * kKeyWarps) == 0,
+                "each warp has whole blocks");
+  static_assert(C::kWarps == kConsumerWarps + kProducerWarps, "consumers come first");
+  static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
+
+  using Walk = DecodeWalk<kMask, C::kBlockN>;
+  using Blocks = typename Walk::Blocks;
+  using Ring = RingPosition<C::kStages>;
+  using Output = float[1][2 * kOutBlocks][4];
+  using Scores = float[1][2 * kKeyBlocks][4];
+  using Logits = LogitMap<C::kSoftcap, C::kAlibi>;
+
+  static JFA_DEVICE uint32 Full(uint32 smem, int stage) { return smem + kSmemBarriers + 8 * stage; }
+  static JFA_DEVICE uint32 Empty(uint32 smem, int stage) {
+    return Full(smem, stage) + 8 * C::kStages;
+  }
+
+  // --- producers
+  // ----------------------------------------------------------------------------------
+
+  // 32 entries of a row of the page table, one per lane, and the next 32, on their way.
+  struct PageWindow {
+    int first = -2 * kWarpSize, table_row = -1;
+    int here, ahead;
+
+    static JFA_DEVICE int Entry(const PagesArg& pages, int table_row, int page, int num_used) {
+      return page < num_used ? PageOf(pages, table_row, page << pages.page_log2) : 0;
+    }
+    // Makes the pages from `page` on, as many as a block has, readable from `here`. Entries from
+    // num_used on are never looked at.
+    JFA_DEVICE void MoveTo(const PagesArg& pages, int row, int page, int num, int num_used) {
+      if (row == table_row && page >= first && page + num <= first + kWarpSize) return;
+      const int lane = ReadLaneIndex();
+      const bool follows = row == table_row && page == first + kWarpSize;
+      here = follows ? ahead : Entry(pages, row, page + lane, num_used);
+      ahead = Entry(pages, row, page + kWarpSize + lane, num_used);
+      first = page;
+      table_row = row;
+    }
+    JFA_DEVICE int PageAt(int page) const { return __shfl_sync(kFullWarp, here, page - first); }
+  };
+
+  // Where the rows of one block of keys are, for the lane that orders the copy of some of them.
+  struct Boxes {
+    int num_needed;  // with keys that count
+    int kv_head, batch, row;
+
+    JFA_DEVICE Boxes(const DecodeParams& params, const Sequence& sequence, int head, int key0,
+                     PageWindow& window)
+        : kv_head(head) {
+      const PagesArg& pages = params.fwd.pages;
+      const int first_row = key0 + ReadLaneIndex() * params.box_rows;
+      num_needed = Clamp(CeilDiv(Max(sequence.kv_len - key0, 0), params.box_rows), 0,
+                         C::kBlockN / params.box_rows);
+      batch = sequence.table_row;
+      row = first_row;
+      if (pages.table == nullptr) return;
+      window.MoveTo(pages, sequence.table_row, key0 >> pages.page_log2,
+                    Max(C::kBlockN >> pages.page_log2, 1),
+                    (sequence.kv_len + (1 << pages.page_log2) - 1) >> pages.page_log2);
+      batch = window.PageAt(Min(first_row >> pages.page_log2, window.first + kWarpSize - 1));
+      row = first_row & ((1 << pages.page_log2) - 1);
+    }
+  };
+
+  // A block of K or V, by one warp whose lanes each order a box.
+  template <int kNumPanels>
+  static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
+                                      uint32 stage, uint32 full) {
+    const int lane = ReadLaneIndex();
+    if (lane == 0) {
+      MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
+    }
+    __syncwarp();
+    if (lane < boxes.num_needed) {
+      const uint32 target = stage + lane * box_rows * PanelN::kPitch;
+#pragma unroll
+      for (int panel = 0; panel < kNumPanels; ++panel) {
+        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns, boxes.row,
+                boxes.kv_head, boxes.batch, kL2EvictNormal);
+      }
+    }
+  }
+
+  // The same by all producers, 16 bytes each at a time; rows beyond the keys become zeros.
+  template <int kNumPanels>
+  static JFA_DEVICE void LoadByThreads(const DecodeParams& params, const TensorArg& tensor, int dim,
+                                       const Sequence& sequence, int kv_head, int key0,
+                                       uint32 stage, uint32 full) {
+    constexpr int kChunks = kPanelColumns / 8, kRowStep = kProducerWarps * kWarpSize / kChunks;
+    const PagesArg& pages = params.fwd.pages;
+    const int thread = ReadThreadIndex() - kConsumers, chunk = thread % kChunks;
+#pragma unroll 4
+    for (int i = thread / kChunks; i < C::kBlockN; i += kRowStep) {
+      const int key = key0 + i;
+      const bool valid = key < sequence.kv_len;
+      int batch = sequence.table_row, row = valid ? key : 0;
+      if (pages.table != nullptr) {
+        batch = valid ? PageOf(pages, sequence.table_row, key) : 0;
+        row &= (1 << pages.page_log2) - 1;
+      }
+      const uint16* source = RowPointer(tensor, batch, kv_head, row) + chunk * 8;
+      const uint32 target = stage + PanelN::Offset(i, chunk);
+#pragma unroll
+      for (int panel = 0; panel < kNumPanels; ++panel) {
+        const bool in_row = panel * kPanelColumns + chunk * 8 < dim;
+        CpAsync16(target + panel * PanelN::kBytes, source + panel * kPanelColumns,
+                  valid && in_row ? 16 : 0);
+      }
+    }
+    MbarrierArriveAfterCopies(full);
+  }
+
+  static JFA_DEVICE void Produce(const DecodeParams& params, uint32 smem) {
+    const FwdParams& fwd = params.fwd;
+    Walk walk(params, blockIdx.x);
+    Ring ring;
+    PageWindow window;
+    uint32 stage, full;
+    const auto next_stage = [&] {
+      MbarrierWait(Empty(smem, ring.stage), ring.parity ^ 1);
+      stage = smem + ring.stage * kStageBytes;
+      full = Full(smem, ring.stage);
+      ring.Advance();
+    };
+    while (walk.tile < walk.length) {
+      const Blocks tiles(fwd.problem, walk.batch);
+      const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
+      const int last = Min(walk.length - walk.tile, count);
+      for (int i = Max(-walk.tile, 0); i < last; ++i) {
+        const int key0 = tiles.blocks.At(i) * C::kBlockN;
+        if constexpr (C::kTma) {
+          const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
+          next_stage();
+          LoadByEngine<kPanels>(&params.k, boxes, params.box_rows, stage, full);
+          next_stage();
+          LoadByEngine<kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
+        } else {
+          next_stage();
+          LoadByThreads<kPanels>(params, fwd.k, fwd.problem.head_dim, tiles.sequence, kv_head, key0,
+                                 stage, full);
+          next_stage();
+          LoadByThreads<kPanelsV>(params, fwd.v, fwd.problem.head_dim_v, tiles.sequence, kv_head,
+                                  key0, stage, full);
+        }
+      }
+      walk.Advance(count);
+    }
+  }
+
+  // --- consumers
+  // ----------------------------------------------------------------------------------
+
+  // The rows of one tile: row r of the tile is query token r / group of query head r % group.
+  struct Rows {
+    int first, num;  // of the key head's params.rows
+    int batch, kv_head;
+
+    JFA_DEVICE Rows(const DecodeParams& params, const Walk& walk) {
+      kv_head = walk.unit / params.row_tiles;
+      first = (walk.unit - kv_head * params.row_tiles) * C::kRows;
+      num = Min(C::kRows, params.rows - first);
+      batch = walk.batch;
+    }
+    JFA_DEVICE int TokenOf(const ProblemParams& p, int row) const {
+      return (first + row) / p.group;
+    }
+    JFA_DEVICE int HeadOf(const ProblemParams& p, int row) const {
+      return kv_head * p.group + (first + row) % p.group;
+    }
+  };
+
+  static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, uint32 smem_q) {
+    constexpr int kChunks = C::kHeadDim / 8;
+    const ProblemParams& problem = params.fwd.problem;
+    for (int i = ReadThreadIndex(); i < C::kRows * kChunks; i += kConsumers) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const bool valid = row < rows.num && chunk * 8 < problem.head_dim;
+      uint4 value = make_uint4(0, 0, 0, 0);
+      if (valid) {
+        value = __ldg(reinterpret_cast<const uint4*>(RowPointer(params.fwd.q, rows.batch,
+                                                                rows.HeadOf(problem, row),
+                                                                rows.TokenOf(problem, row)) +
+                                                     chunk * 8));
+      }
+      StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8), value);
+    }
+  }
+
+  // s = Q K^T for the warp's rows and keys.
+  static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k, int row_warp,
+                                   int key_warp, int lane) {
+    const Operand<PanelQ, Side::kA, false, kRowWarps> op_q(smem_q, row_warp, lane);
+    const Operand<PanelN, Side::kB, false, kKeyWarps> op_k(smem_k, key_warp, lane);
+#pragma unroll
+    for (int k = 0; k < kDimBlocks; ++k) {
+      uint32 a[1][4];
+      const int panel = k / kPanelBlocks;
+      auto q = op_q;
+      q.base += panel * PanelQ::kBytes;
+      q.Load(a[0], 0, k % kPanelBlocks);
+      auto keys = op_k;
+      keys.base += panel * PanelN::kBytes;
+      MmaRow<C::kBf16>(s, a, keys, k % kPanelBlocks);
+    }
+  }
+
+  // out += P V; the weights of a row add up in the softmax's sums.
+  static JFA_DEVICE void OutputGemm(Output& out, const Scores& s, OnlineSoftmax<1>& softmax,
+                                    uint32 smem_v, int key_warp, int lane) {
+    const Operand<PanelN, Side::kB, true, 1> op_v(smem_v + key_warp * 16 * PanelN::kPitch, 0, lane);
+#pragma unroll
+    for (int k = 0; k < kKeyBlocks; ++k) {
+      float w[2][4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) w[n][e] = softmax.Weigh(e / 2, s[0][2 * k + n][e]);
+      }
+      uint32 p[1][4];
+      PackBlock<C::kBf16>(p[0], w[0], w[1]);
+#pragma unroll
+      for (int n = 0; n < kOutBlocks; ++n) {
+        uint32 b[4];
+        auto values = op_v;
+        values.base += n / kPanelBlocks * PanelN::kBytes;
+        values.Load(b, n % kPanelBlocks, k * kKeyWarps);
+        MmaColumn<C::kBf16>(out, n, p, b);
+      }
+    }
+  }
+
+  // The copy engine brings whole boxes: what lies beyond the keys may be NaN, which a weight of
+  // zero doesn't silence. Each warp clears the values of its own keys.
+  static JFA_DEVICE void ClearPadding(uint32 smem_v, int num_keys, int key_warp, int lane) {
+#pragma unroll 1
+    for (int k = 0; k < kKeyBlocks; ++k) {
+      const int first = 16 * (key_warp + kKeyWarps * k);
+      for (int i = lane; i < 16 * 8; i += kWarpSize) {
+        const int row = first + i / 8;
+        if (row < num_keys) continue;
+#pragma unroll
+        for (int panel = 0; panel < kPanelsV; ++panel) {
+          StoreShared16(smem_v + panel * PanelN::kBytes + row * PanelN::kPitch + i % 8 * 16,
+                        make_uint4(0, 0, 0, 0));
+        }
+      }
+    }
+    FenceProxyAsync();
+    if constexpr (kRowWarps > 1) {
+      NamedBarrierSync(kConsumersDone, kConsumers);  // several warps read these keys
+    } else {
+      __syncwarp();
+    }
+  }
+
+  // Results of one tile, from the warps' fragments to rows in memory: final ones if the whole tile
+  // was visited here, else a partial one in scratch.
+  static JFA_DEVICE void Store(const DecodeParams& params, const DecodeScratch& scratch,
+                               const Rows& rows, const Sequence& sequence, int partial, Output& out,
+                               const OnlineSoftmax<1>& softmax, float* merge, float2* stats,
+                               int warp, int lane) {
+    const ProblemParams& problem = params.fwd.problem;
+    const int row_warp = warp % kRowWarps;
+    // Of the warps that share rows, at [their rows][key warp].
+    const auto stat = [&](int row, int key_warp) -> float2& {
+      return stats[row * kKeyWarps + key_warp];
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = QuadSum(softmax.sum[half]);
+      if (lane % 4 == 0) {
+        stat(16 * row_warp + lane / 4 + 8 * half, warp / kRowWarps) =
+            make_float2(-softmax.neg_reference[half], sum);
+      }
+    }
+    NamedBarrierSync(kConsumersDone, kConsumers);
+    const auto total = [&](int row) {
+      float2 all = stat(row, 0);
+#pragma unroll
+      for (int w = 1; w < kKeyWarps; ++w) all.x = fmaxf(all.x, stat(row, w).x);
+      all.y = 0.f;
+#pragma unroll
+      for (int w = 0; w < kKeyWarps; ++w) {
+        all.y = fmaf(Exp2(stat(row, w).x - all.x), stat(row, w).y, all.y);
+      }
+      return all;
+    };
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factor[half] =
+          Exp2(-softmax.neg_reference[half] - total(16 * row_warp + lane / 4 + 8 * half).x);
+    }
+    float* own = merge + (warp * 16 + lane / 4) * kMergePitch + lane % 4 * 2;
+#pragma unroll
+    for (int panel = 0; panel < kPanelsV; ++panel) {
+      if (panel > 0) NamedBarrierSync(kConsumersDone, kConsumers);
+#pragma unroll
+      for (int n = 0; n < 2 * kPanelBlocks; ++n) {
+        const int block = panel * 2 * kPanelBlocks + n;
+        if (block >= 2 * kOutBlocks) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<float2*>(own + half * 8 * kMergePitch + n * 8) = make_float2(
+              out[0][block][2 * half] * factor[half], out[0][block][2 * half + 1] * factor[half]);
+        }
+      }
+      NamedBarrierSync(kConsumersDone, kConsumers);
+      // Four columns of a row at a time; row r is with the warps r / 16 + kRowWarps * i.
+      constexpr int kGroups = kPanelColumns / 4;
+      for (int i = ReadThreadIndex(); i < C::kRows * kGroups; i += kConsumers) {
+        const int row = i / kGroups, column = i % kGroups * 4 + panel * kPanelColumns;
+        if (row >= rows.num || column >= problem.head_dim_v) continue;
+        float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int w = 0; w < kKeyWarps; ++w) {
+          const float4 y = *reinterpret_cast<const float4*>(
+              merge + ((row / 16 + kRowWarps * w) * 16 + row % 16) * kMergePitch + i % kGroups * 4);
+          x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+        }
+        const float2 all = total(row);
+        if (partial >= 0) {
+          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
+                                     static_cast<int64>(row) * problem.head_dim_v + column) = x;
+        } else {
+          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
+                                rows.TokenOf(problem, row), column, x, all);
+        }
+      }
+    }
+  }
+
+  static JFA_DEVICE void Consume(const DecodeParams& params, unsigned char* smem_pointer) {
+    const ProblemParams& problem = params.fwd.problem;
+    const uint32 smem = SmemAddress(smem_pointer);
+    const int warp = ReadThreadIndex() / kWarpSize, lane = ReadLaneIndex();
+    const int row_warp = warp % kRowWarps, key_warp = warp / kRowWarps;
+    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+    Walk walk(params, blockIdx.x);
+    Ring ring;
+    const auto release = [&] {
+      __syncwarp();
+      if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
+      ring.Advance();
+    };
+    if (ReadThreadIndex() == 0) {
+      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
+      const int start = walk.begin + walk.tile;
+      scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
+                                     walk.tile < 0 ? walk.batch : -1, walk.unit};
+    }
+    while (walk.tile < walk.length) {
+      const Blocks tiles(problem, walk.batch);
+      const Sequence& sequence = tiles.sequence;
+      const int count = tiles.Count(), first = Max(-walk.tile, 0);
+      const int last = Min(walk.length - walk.tile, count);
+      const Rows rows(params, walk);
+      LoadQueries(params, rows, smem + kSmemQ);
+
+      // This lane's two rows: the keys that they see, and what becomes of their scores.
+      Window seen[2];
+      Logits logits[2] = {{problem, sequence, walk.batch, 0}, {problem, sequence, walk.batch, 0}};
+      int tokens[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Min(16 * row_warp + lane / 4 + 8 * half, rows.num - 1);
+        tokens[half] = rows.TokenOf(problem, row);
+        seen[half] = tiles.mask.KeysOf(tokens[half]);
+        logits[half].SetHead(problem, walk.batch, rows.HeadOf(problem, row));
+      }
+      const int first_token = rows.TokenOf(problem, 0),
+                last_token = rows.TokenOf(problem, rows.num - 1);
+      Output out;
+      Clear(out);
+      OnlineSoftmax<1> softmax(logits[0].Scale());
+      NamedBarrierSync(kConsumersDone, kConsumers);  // Q is there
+
+#pragma unroll 1
+      for (int i = first; i < last; ++i) {
+        const int key0 = tiles.blocks.At(i) * C::kBlockN;
+        Scores s;
+        Clear(s);
+        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        ScoreGemm(s, smem + kSmemQ, smem + ring.stage * kStageBytes, row_warp, key_warp, lane);
+        release();
+        const int origin = key0 + 16 * key_warp + lane % 4 * 2;  // the lane's first key
+        const auto key_of = [](int n) { return 16 * kKeyWarps * (n / 2) + 8 * (n % 2); };
+        if constexpr (!Logits::kPlain) {
+#pragma unroll
+          for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const Logits& map = logits[e / 2];
+              s[0][n][e] =
+                  map.Apply(s[0][n][e], map.Distance(tokens[e / 2], origin + key_of(n) + e % 2));
+            }
+          }
+        }
+        const bool needs_mask =
+            tiles.mask.NeedsMask(first_token, last_token, key0, key0 + C::kBlockN - 1);
+        if (needs_mask) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const Window window = seen[half].From(origin);
+#pragma unroll
+            for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (!BandMask<kMask>::InKeys(window, key_of(n) + e)) {
+                  s[0][n][2 * half + e] = -Infinity();
+                }
+              }
+            }
+          }
+        }
+        softmax.Observe(s, out);
+        const uint32 smem_v = smem + ring.stage * kStageBytes;
+        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        if constexpr (C::kTma) {
+          // The end of the array needs none of this: the engine puts zeros behind it.
+          const bool is_end =
+              params.fwd.pages.table == nullptr && sequence.kv_len == problem.kv_len;
+          if (needs_mask && !is_end && key0 + C::kBlockN > sequence.kv_len) {
+            ClearPadding(smem_v, sequence.kv_len - key0, key_warp, lane);
+          }
+        }
+        OutputGemm(out, s, softmax, smem_v, key_warp, lane);
+        release();
+      }
+
+      const int partial = first > 0      ? DecodeScratch::kHead
+                          : last < count ? DecodeScratch::kTail
+                                         : -1;
+      Store(params, scratch, rows, sequence, partial, out, softmax,
+            reinterpret_cast<float*>(smem_pointer + kSmemMerge),
+            reinterpret_cast<float2*>(smem_pointer + kSmemStats), warp, lane);
+      walk.Advance(count);
+    }
+  }
+
+  static JFA_DEVICE void Run(const DecodeParams& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        MbarrierInit(Full(smem, stage), C::kTma ? 1 : kProducerWarps * kWarpSize);
+        MbarrierInit(Empty(smem, stage), kConsumerWarps);
+      }
+      if constexpr (C::kTma) {
+        FenceMbarrierInit();
+        TmaPrefetch(&params.k);
+        TmaPrefetch(&params.v);
+      }
+    }
+    __syncthreads();
+    LetKernelBehindStart();
+    if (threadIdx.x < kConsumers) {
+      Consume(params, smem_pointer);
+    } else {
+      Produce(params, smem);
+    }
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_

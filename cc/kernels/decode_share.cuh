@@ -1,0 +1,185 @@
+// How the CTAs of a decode call share its work, and where they leave what isn't finished.
+//
+//   tiles   |  b0 k0  |  b0 k1  | b1 k0| b1 k1|        b2 k0        |        b2 k1        |
+//   blocks  |o o o o o|o o o o o|o o o |o o o |o o o o o o o o o o o|o o o o o o o o o o o|
+//   CTAs    |<-- c0 -->|<-- c1 -->|<-- c2 -->|<-- c3 -->|<-- c4 -->|<-- c5 -->|<-- c6 -->|
+//
+// A tile is kRows queries of one key head; it visits the key blocks of its sequence in which some
+// query sees a key (at least one, so that each tile has somebody who writes its results). All
+// blocks of all tiles stand in one line, and each CTA takes an equal stretch of it (stream-K: Osama
+// et al., 2023, arXiv:2301.03598): long and short sequences are balanced without a decision on the
+// host. A tile within one stretch is finished there. Of others every CTA leaves a partial result,
+// at most two per CTA: of a tile that began before its stretch (head), and of one that ends after
+// it (tail). The combine kernel merges them, in the order of the CTAs: nothing depends on timing.
+#ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
+
+#include "mask.cuh"
+#include "softmax.cuh"
+
+namespace jfa {
+
+// Scratch, in 4-byte words: a header, a record per CTA, reference and sum of the rows of each
+// partial result, their outputs. plan.cc (DecodeScratchFloats) computes the same sum.
+struct DecodeScratch {
+  // Of the tile in the middle of which a CTA begins; batch -1 if it begins at a tile's start.
+  struct Record {
+    int tile_start, tile_end;  // in the line of blocks
+    int batch, unit;
+  };
+  struct Header {
+    int total;  // blocks
+    int num_ctas;
+    int unused[2];
+  };
+  Header* header;
+  Record* records;
+  float2* rows;  // [2 * num_ctas][rows_stored]: reference (log2) and sum of weights
+  float* out;    // [2 * num_ctas][rows_stored][head_dim_v]
+  int rows_stored;
+  int head_dim_v;
+
+  template <int kRows>
+  static JFA_DEVICE DecodeScratch Of(const DecodeParams& p) {
+    DecodeScratch s;
+    s.rows_stored = Min(kRows, p.rows);
+    s.head_dim_v = p.fwd.problem.head_dim_v;
+    s.header = reinterpret_cast<Header*>(p.scratch);
+    s.records = reinterpret_cast<Record*>(s.header + 1);
+    s.rows = reinterpret_cast<float2*>(s.records + p.num_ctas);
+    s.out = reinterpret_cast<float*>(s.rows + 2 * p.num_ctas * s.rows_stored);
+    return s;
+  }
+  static constexpr int kHead = 0, kTail = 1;
+  JFA_DEVICE float2* RowsOf(int cta, int which) const {
+    return rows + (2 * cta + which) * rows_stored;
+  }
+  JFA_DEVICE float* OutOf(int cta, int which) const {
+    return out + (2 * cta + which) * rows_stored * static_cast<int64>(head_dim_v);
+  }
+};
+
+// `total` blocks (below 2^31, as plan.cc sees to) for num_ctas CTAs, which differ by one at most.
+struct Stretches {
+  int each, longer;  // blocks of a stretch; how many of the first have one more
+
+  JFA_DEVICE Stretches(int total, int num_ctas) : each(total / num_ctas) {
+    longer = total - each * num_ctas;
+  }
+  JFA_DEVICE int Begin(int cta) const { return cta * each + Min(cta, longer); }
+  // The CTA that has that block.
+  JFA_DEVICE int OwnerOf(int block) const {
+    const int in_longer = longer * (each + 1);
+    return block < in_longer ? block / (each + 1) : longer + (block - in_longer) / each;
+  }
+};
+
+// A sequence's part in the line: each of its key heads and row tiles visits the same blocks.
+template <MaskKind kMask, int kBlockN>
+struct DecodeSequence {
+  Sequence sequence;
+  BandMask<kMask> mask;
+  KeyBlockSet blocks;
+
+  JFA_DEVICE DecodeSequence(const ProblemParams& p, int batch)
+      : sequence(Sequence::Dense(p, batch, 0)),
+        mask(p, sequence),
+        blocks(KeyBlockSet::Of<kBlockN>(mask, 0, sequence.q_len)) {}
+  JFA_DEVICE int Count() const { return Max(blocks.Count(), 1); }
+};
+
+// The stretch of one CTA, and the tile that it stands at. Used by whole warps.
+template <MaskKind kMask, int kBlockN>
+struct DecodeWalk {
+  using Blocks = DecodeSequence<kMask, kBlockN>;
+
+  int total, num_ctas;
+  int begin, length;  // of the stretch
+  int tile;         // where the tile begins, from the stretch's begin; the first one may be below 0
+  int batch, unit;  // unit: key head * row_tiles + row tile
+  int num_units;
+
+  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
+    const ProblemParams& p = params.fwd.problem;
+    num_units = p.num_kv_heads * params.row_tiles;
+    const bool alike =
+        p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
+    if (alike) {
+      const int count = Blocks(p, 0).Count();
+      total = p.batch * num_units * count;
+      Divide(params.num_ctas, cta);
+      const int index = begin / count;
+      tile = index * count - begin;
+      batch = index / num_units;
+      unit = index - batch * num_units;
+      return;
+    }
+    // Each lane counts the blocks of some sequences that follow each other.
+    const int lane = ReadLaneIndex(), each = CeilDiv(p.batch, kWarpSize);
+    const int first = Min(lane * each, p.batch), last = Min(first + each, p.batch);
+    int own = 0;
+#pragma unroll 4
+    for (int b = first; b < last; ++b) own += Blocks(p, b).Count();
+    int sum = own;  // inclusive prefix sum
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    total = num_units * __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+    Divide(params.num_ctas, cta);
+    const uint32 found = __ballot_sync(kFullWarp, begin < num_units * sum);
+    const int owner = found != 0 ? __ffs(found) - 1 : kWarpSize - 1;
+    batch = Min(owner * each, p.batch - 1);
+    int left = begin - num_units * __shfl_sync(kFullWarp, sum - own, owner);
+    int count = Blocks(p, batch).Count();
+    while (batch + 1 < p.batch && left >= num_units * count) {
+      left -= num_units * count;
+      count = Blocks(p, ++batch).Count();
+    }
+    unit = left / count;
+    tile = unit * count - left;
+  }
+
+  // To the next tile; `count` is the number of blocks of this one.
+  JFA_DEVICE void Advance(int count) {
+    tile += count;
+    if (++unit == num_units) {
+      unit = 0;
+      ++batch;
+    }
+  }
+
+ private:
+  // CTAs without a block of their own would be ends of stretches that nobody walks.
+  JFA_DEVICE void Divide(int most, int cta) {
+    num_ctas = Min(most, total);
+    const Stretches stretches(total, num_ctas);
+    const bool works = cta < num_ctas;
+    begin = works ? stretches.Begin(cta) : 0;
+    length = works ? stretches.Begin(cta + 1) - begin : 0;
+  }
+};
+
+// Four columns of one row of the results, and its LSE with the first of them. `total`: reference
+// and sum of the row's weights, x: the sum of values under that reference.
+template <bool kBf16>
+JFA_DEVICE void StoreResult(const FwdParams& p, const Sequence& sequence, int batch, int head,
+                            int token, int column, float4 x, float2 total) {
+  const float sink = p.sinks == nullptr
+                         ? -Infinity()
+                         : __ldg(p.sinks + static_cast<int64>(batch) * p.problem.num_heads + head);
+  const RowResult result = FinishRow(total.y, -total.x, sink);
+  const bool valid = token < sequence.q_len;  // padding may have made NaN
+  uint2 packed = make_uint2(0, 0);
+  if (valid) {
+    packed.x = Pack16<kBf16>(x.x * result.normalizer, x.y * result.normalizer);
+    packed.y = Pack16<kBf16>(x.z * result.normalizer, x.w * result.normalizer);
+  }
+  *reinterpret_cast<uint2*>(RowPointer(p.out, batch, head, token) + column) = packed;
+  if (column == 0) p.lse[LseRow(p.problem, batch, head) + token] = valid ? result.lse : -Infinity();
+}
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_

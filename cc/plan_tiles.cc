@@ -1,0 +1,178 @@
+#include "cc/plan_tiles.h"
+
+#include <algorithm>
+
+namespace jfa {
+
+bool GetArchInfo(int arch, ArchInfo* info) {
+  switch (arch) {
+    case 80:
+      *info = {163, 40};
+      return true;
+    case 86:
+      *info = {99, 6};
+      return true;
+    case 87:
+      *info = {163, 4};
+      return true;
+    case 89:
+      *info = {99, 48};
+      return true;
+    case 90:
+      *info = {227, 50};
+      return true;
+    case 100:
+      *info = {227, 96};
+      return true;
+    case 103:
+      *info = {227, 96};
+      return true;
+    case 120:
+      *info = {99, 64};
+      return true;
+    case 121:
+      *info = {99, 24};
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Two CTAs of 4 warps per multiprocessor hide each other's softmax. Up to head dim 128 a warp owns
+// 32 rows and so reads K and V half as often; beyond, 32 rows of output no longer fit in registers
+// and it owns 16. Measured on an H100 (bf16, S 4096, TFLOP/s full / causal), chosen shape first:
+//   d64   128x64, 2 stages, Q in registers 352/302; 1 stage 341/306; 128x128 343/307;
+//         3 CTAs 292/241
+//   d128  128x64 408/337; 2 stages 376/319; 128x32 355/301; 128x48 384/330; 8 warps 339/312
+//   d192  64x64 339/317; 128x64 8 warps 315/305
+//   d256  64x64 330/265; 128x64 8 warps 312/270; 64x48 315/276; 64x32, 2 stages 302/263
+// The other architectures' rows follow from shared memory and are not measured.
+FwdTile PickFwdTile(int size, int smem_kb) {
+  if (smem_kb < 128) {
+    // About 100 KB per multiprocessor: smaller key blocks keep two CTAs on it up to head dim 128.
+    switch (size) {
+      case 32:
+        return {128, 128, 4, 1, 2, true};
+      case 64:
+        return {128, 64, 4, 1, 2, true};
+      case 96:
+        return {128, 64, 4, 1, 2, false};
+      case 128:
+        return {128, 32, 4, 1, 2, false};
+      case 192:
+        return {128, 64, 8, 1, 1, false};
+      default:
+        return {64, 64, 4, 1, 1, false};
+    }
+  }
+  switch (size) {
+    case 32:
+      return {128, 128, 4, 1, 2, true};
+    case 64:
+      return {128, 64, 4, 2, 2, true};
+    case 96:
+      return {128, 64, 4, 1, 2, false};
+    case 128:
+      return {128, 64, 4, 1, 2, false};
+    // Two CTAs of 96 KB where they fit, else one with twice the rows.
+    default:
+      return smem_kb >= 200 ? FwdTile{64, 64, 4, 1, 2, false} : FwdTile{128, 64, 8, 1, 1, false};
+  }
+}
+
+// Bound by shared-memory reads, so tiles are as large as registers (dK, dV) and shared memory let
+// them be, and each warp's part of every product as square as possible. Measured as above:
+//   d64   128x128 291/273 (scores split 4 x 2: 273/265); 64x128 8 warps 245/233; 64x64, 3 CTAs
+//         269/252; 64x128 with 4 warps 310/272, but it spills 240 bytes
+//   d128  64x128 313/285 (scores 2 x 4: 299/271; 8 x 1: 285/266); 1 stage 299/278; 64x64, 2 CTAs
+//         285/271; 32x128 262/239
+//   d256  64x64 243/227 (scores 4 x 2: 227/218; dQ split 2 x 4: 247/229, but it spills 8 bytes);
+//         1 stage 233/214
+BwdTile PickBwdTile(int size, int smem_kb, bool deterministic) {
+  if (smem_kb < 128) {
+    switch (size) {
+      case 32:
+        return {64, 128, 8, 2, 1, 4, 4, 4};
+      case 64:
+        return {64, 128, 8, 1, 1, 4, 4, 4};
+      case 96:
+        return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 128:
+        return {64, 64, 8, 1, 1, 4, 4, 4};
+      case 192:
+        return {32, 64, 8, 1, 1, 4, 4, 2};
+      default:
+        return {32, 32, 4, 1, 1, 2, 2, 2};
+    }
+  }
+  switch (size) {
+    case 32:
+      return {128, 128, 8, 2, 1, 4, 4, 4};
+    case 64:
+      return {128, 128, 8, 2, 1, 2, 4, 4};
+    case 96:
+      return {64, 128, 8, 2, 1, 4, 4, 4};
+    // Without the dQ product ptxas spills a few bytes unless scores are split 2 x 4, not 4 x 2.
+    case 128:
+      return {64, 128, 8, 2, 1, deterministic ? 2 : 4, 4, 2};
+    case 192:
+      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 4, 4, 2};
+    default:
+      return {64, 64, 8, smem_kb >= 200 ? 2 : 1, 1, 2, 2, 1};
+  }
+}
+
+DqTile PickDqTile(int size, int smem_kb) {
+  if (smem_kb < 128) {
+    if (size <= 64) return {128, 64, 8, 2};
+    if (size <= 128) return {64, 32, 4, 2};
+    return {64, 32, 4, 1};
+  }
+  if (size <= 128) return {128, 64, 8, 2};
+  return {64, 32, 4, 2};
+}
+
+// The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
+// has what was measured.
+FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
+  const int size = std::max(head_dim, head_dim_v);
+  // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
+  // registers, as do other features at the largest head dim.
+  const bool segments = variant.segments;
+  if (size <= 64) {
+    if (segments || variant.packed) return {128, 128, 2, false};
+    return {192, variant.softcap || variant.alibi || variant.paged ? 112 : 128, 2, true};
+  }
+  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
+  if (size <= 96 && plain && variant.mask == Mask::kFull) return {192, 96, 2, true, 1};
+  if (size <= 128) return {128, segments ? 96 : 128, 2, false};
+  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
+  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
+}
+
+DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
+                          bool tma, int smem_kb) {
+  constexpr int kMostStages = 12, kLeastStages = 3, kWarps = 4;
+  const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
+  const int most_panels = std::max(panels, panels_v);
+  const bool needs_registers = most_panels == 2 && rows > 16 && (variant.softcap || variant.alibi);
+  const int min_blocks = tma && most_panels <= 2 && !needs_registers ? 2 : 1;
+  // Each CTA pays 1 KB more to the system.
+  const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
+  for (int tile_rows = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;; tile_rows *= 2) {
+    // Q, the buffer through which outputs are merged, and the rows' sums.
+    const int fixed = 128 * panels * tile_rows + 4 * 16 * kWarps * 72 + 8 * 16 * kWarps;
+    const int least_block = 16 * kWarps / (tile_rows / 16);
+    // With as many rows and columns there are no registers for the scores of more keys.
+    const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows == 64 ? 2 : 1);
+    for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
+      const int stage = 128 * most_panels * block_n + 16;  // and its barriers
+      const int stages = std::min(kMostStages, (room - fixed) / stage);
+      if (stages >= kLeastStages || tile_rows == 64) {
+        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks};
+      }
+    }
+  }
+}
+
+}  // namespace jfa

@@ -1,0 +1,58 @@
+// Tile sizes: what was measured, or follows from registers and shared memory, for every kernel and
+// architecture. Part of plan.cc, which alone uses it.
+#ifndef JAX_FLASHATTN_CC_PLAN_TILES_H_
+#define JAX_FLASHATTN_CC_PLAN_TILES_H_
+
+#include "cc/plan.h"
+
+namespace jfa {
+
+// What of an architecture the tables depend on.
+struct ArchInfo {
+  int smem_kb;  // shared memory that one CTA may ask for
+  int l2_mb;
+};
+
+// Returns false for an architecture without support.
+bool GetArchInfo(int arch, ArchInfo* info);
+
+struct FwdTile {
+  int block_m, block_n, warps, stages, min_blocks;
+  bool q_in_regs;
+};
+
+FwdTile PickFwdTile(int size, int smem_kb);
+
+struct BwdTile {
+  int block_m, block_n, warps, stages, min_blocks;
+  int warps_score_n, warps_kv_n, warps_dq_m;
+};
+
+BwdTile PickBwdTile(int size, int smem_kb, bool deterministic);
+
+struct DqTile {
+  int block_m, block_n, warps, stages;
+};
+
+DqTile PickDqTile(int size, int smem_kb);
+
+struct FwdSm90Tile {
+  int block_m, block_n, stages;
+  bool ping_pong;
+  int stages_q = 2;
+};
+
+FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant);
+
+// Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
+// latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.
+struct DecodeTile {
+  int rows, block_n, stages, smem, min_blocks;
+};
+
+DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
+                          bool tma, int smem_kb);
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_PLAN_TILES_H_

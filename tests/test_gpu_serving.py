@@ -1,0 +1,196 @@
+"""Decoding and paged attention on a GPU against the float64 oracle: `pytest -m gpu`."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import draws
+import oracle
+import pages
+from jax_flashattn import PagedKVCache, attention, paged_attention
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIMS = [8, 40, 64, 72, 96, 128, 192, 256, (192, 128), (64, 128), (128, 64), 33]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+def test_head_dims(dims, dtype):
+    H, Hv = dims if isinstance(dims, tuple) else (dims, dims)
+    inputs = oracle.make_inputs(1, 2, 1, 700, 4, 2, H, Hv, dtype)
+    oracle.check(*inputs, is_causal=True, query_offset="end")
+    q, k, v = inputs[:3]
+    cache = pages.make_cache(k, v, [700, 130], page_size=16)
+    pages.check(q, k, v, [700, 130], cache)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 16])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 2), (24, 1), (32, 1), (128, 1)], ids=str)
+def test_rows_of_a_key_head(heads, T):
+    """From one row to more than a tile has, and to several tiles."""
+    inputs = oracle.make_inputs(2, 2, T, 333, *heads, 64, 64, jnp.bfloat16)
+    oracle.check(*inputs, is_causal=True, query_offset="end")
+
+
+@pytest.mark.parametrize("S", [1, 63, 64, 65, 4096, 70001])
+def test_key_lengths(S):
+    inputs = oracle.make_inputs(3, 1, 1, S, 8, 2, 128, 128, jnp.bfloat16)
+    oracle.check(*inputs)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("T", [1, 200])
+def test_page_sizes(T, layout, page_size):
+    lengths = [900, 0, 257, 33, 512]
+    q, k, v = oracle.make_inputs(4, 5, T, 900, 8, 2, 128, 128, jnp.bfloat16)[:3]
+    cache = pages.make_cache(k, v, lengths, page_size=page_size, layout=layout)
+    pages.check(q, k, v, lengths, cache)
+
+
+@pytest.mark.parametrize("B", [1, 31, 33, 500])
+def test_mixed_lengths(B):
+    """Work is shared out by what lengths say, with more sequences than lanes and CTAs."""
+    rng = np.random.default_rng(B)
+    lengths = np.minimum(rng.lognormal(4, 2, B), 600).astype(np.int32)
+    q, k, v = oracle.make_inputs(5, B, 1, 600, 4, 2, 64, 64, jnp.bfloat16)[:3]
+    cache = pages.make_cache(k, v, lengths, page_size=16)
+    pages.check(q, k, v, lengths, cache)
+
+
+SIZES = [
+    ((3, 1, 400, 8, 1, 64, 64), jnp.bfloat16),
+    ((2, 5, 300, 8, 2, 128, 128), jnp.bfloat16),
+    ((1, 16, 900, 4, 4, 128, 64), jnp.float16),
+    ((2, 2, 257, 4, 1, 256, 256), jnp.bfloat16),
+    ((1, 9, 500, 16, 2, 96, 80), jnp.float16),
+]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_decoding(seed):
+    """Backward too, which is that of any other attention."""
+    choose = draws.from_seed(seed)
+    size, dtype = choose(SIZES)
+    inputs, options = draws.draw(choose, sizes=[size], dtypes=[dtype])
+    oracle.check(*inputs, poison=draws.poison(options, choose([np.nan, np.inf])), **options)
+
+
+HEADS = [
+    ((8, 2, 128, 128), jnp.bfloat16),
+    ((4, 1, 64, 64), jnp.float16),
+    ((2, 2, 256, 256), jnp.bfloat16),
+    ((6, 3, 96, 40), jnp.bfloat16),
+    ((3, 1, 33, 57), jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_paged_call(seed):
+    choose = draws.from_seed(1000 + seed)
+    heads, dtype = choose(HEADS)
+    pages.check_any(choose, heads, [1, 1, 3, 16, 70, 300], 700, dtype)
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_families(family, run_python):
+    """The plan chooses one kernel family for a variant; the other one must do the same."""
+    run_python(
+        """
+        import jax.numpy as jnp
+        import test_gpu_serving as t
+        for seed in range(40):
+            t.test_any_decoding(seed)
+        for seed in range(80):
+            t.test_any_paged_call(seed)
+        for T in (1, 200):
+            for page_size in (8, 32, 256):
+                t.test_page_sizes(T, "HND", page_size)
+        for dims in (40, 64, 128, 256, (192, 128)):
+            t.test_head_dims(dims, jnp.bfloat16)
+        """,
+        JAX_PLATFORMS="cuda",
+        JFA_FORCE_FAMILY=family,
+    )
+
+
+def test_numbers_out_of_range_are_clamped():
+    q, k, v = oracle.make_inputs(6, 3, 1, 64, 4, 2, 64, 64, jnp.bfloat16)[:3]
+    cache = pages.make_cache(k, v, [64] * 3, page_size=8, max_pages=8)
+    k_pages, v_pages = (jnp.nan_to_num(x) for x in (cache.k_pages, cache.v_pages))
+    wild = np.array([[-1, 10**9] * 4, [2**31 - 1, -(2**31)] * 4, [0, 1, 2, 3, 4, 5, 6, 27]])
+    table, lengths = jnp.asarray(wild, jnp.int32), jnp.array([2**31 - 1, 64, -5], jnp.int32)
+    tame = jnp.clip(table, 0, cache.num_pages - 1), jnp.clip(lengths, 0, 64)
+    call = jax.jit(
+        lambda table, lengths: paged_attention(
+            jnp.asarray(q), PagedKVCache(k_pages, v_pages, table, lengths), return_lse=True
+        )
+    )
+    for x, y in zip(call(table, lengths), call(*tame), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_bitwise_repeatable():
+    inputs = oracle.make_inputs(7, 3, 2, 9000, 16, 2, 128, 128, jnp.bfloat16)[:3]
+    f = jax.jit(lambda *x: attention(*x, return_lse=True))
+    first = f(*inputs)
+    for _ in range(20):
+        for x, y in zip(first, f(*inputs), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_generation_in_a_scan():
+    """Append and attend, step by step in one program, as one causal call over all tokens."""
+    B, T, N, K, H = 3, 40, 8, 2, 64
+    q, k, v = (jnp.asarray(x) for x in oracle.make_inputs(8, B, T, T, N, K, H, H, jnp.bfloat16)[:3])
+    cache = PagedKVCache.create(
+        batch=B,
+        max_pages=5,
+        num_pages=16,
+        page_size=8,
+        num_kv_heads=K,
+        head_dim=H,
+        dtype=jnp.bfloat16,
+    )
+    table = np.random.default_rng(0).permutation(15).reshape(B, 5)
+    cache = PagedKVCache(cache.k_pages, cache.v_pages, jnp.asarray(table, jnp.int32), cache.lengths)
+
+    def step(cache, token):
+        q, k, v = (x[:, None] for x in token)
+        cache = cache.append(k, v)
+        return cache, paged_attention(q, cache)[:, 0]
+
+    steps = tuple(x.swapaxes(0, 1) for x in (q, k, v))
+    _, out = jax.jit(lambda cache: jax.lax.scan(step, cache, steps), donate_argnums=0)(cache)
+    expected = attention(q, k, v, is_causal=True)
+    difference = np.asarray(out.swapaxes(0, 1), np.float32) - np.asarray(expected, np.float32)
+    assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1
+
+
+def test_captured_into_a_cuda_graph(tmp_path, run_python):
+    """Command buffers hold both kernels of a decoding step; replays give what launches give."""
+    run_python(
+        """
+        import jax, jax.numpy as jnp, numpy as np, oracle
+        from jax_flashattn import attention
+        q, k, v, _, _ = oracle.make_inputs(0, 2, 1, 3000, 8, 2, 128, 128, jnp.bfloat16)
+        def f(q):
+            for _ in range(8):
+                q = attention(q, k, v)
+            return q
+        graph = jax.jit(f)
+        launches = jax.jit(f).lower(q).compile(
+            compiler_options={"xla_gpu_enable_command_buffer": ""})
+        expected = np.asarray(launches(q), np.float32)
+        for _ in range(20):
+            np.testing.assert_array_equal(np.asarray(graph(q), np.float32), expected)
+        """,
+        JAX_PLATFORMS="cuda",
+        XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+    )
+    text = "".join(path.read_text() for path in tmp_path.glob("*thunk_sequence*"))
+    assert re.search(r"kCommandBuffer[\s\S]*kCustomCall", text)
