@@ -32,6 +32,10 @@ const char* Name(ElementType dtype) {
       return "float32";
     case ElementType::kS32:
       return "int32";
+    case ElementType::kE4m3:
+      return "float8_e4m3fn";
+    case ElementType::kE5m2:
+      return "float8_e5m2";
     case ElementType::kOther:
       return "another dtype ";
   }
@@ -71,10 +75,12 @@ class Reader {
     return Expect("result ", name, x, dtype, dims);
   }
 
-  // The last operand, wherever reading stands.
-  const Tensor& LastArg() const {
+  // The last operand but `after`, wherever reading stands.
+  const Tensor& LastArg(size_t after) const {
     static const Tensor kNone{};
-    return args_.size == 0 || args_.size > args_.items.size() ? kNone : args_.items[args_.size - 1];
+    return args_.size <= after || args_.size > args_.items.size()
+               ? kNone
+               : args_.items[args_.size - 1 - after];
   }
 
   const Tensor& LastRet() const {
@@ -158,7 +164,14 @@ std::string CheckAttributes(Target target, const Attributes& a) {
   if (a.window_left < -1) return got("window_left", "at least -1", a.window_left);
   if (a.window_right < -1) return got("window_right", "at least -1", a.window_right);
   if (a.sink_tokens < 0) return got("sink_tokens", "at least 0", a.sink_tokens);
-  if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 10 bits", a.aux);
+  if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 12 bits", a.aux);
+  if (a.fp8 < 0 || a.fp8 > kAllFp8 || (a.fp8 != 0 && (a.fp8 & kFp8) == 0)) {
+    return got("fp8", "0 or an odd number below 32", a.fp8);
+  }
+  if (a.fp8 != 0 && target != Target::kFwd) return got("fp8", "0 but in forward", a.fp8);
+  if (a.fp8 == 0 && (a.aux & (kQkScale | kVScale)) != 0) {
+    return got("aux", "without scales unless inputs are of 8 bits", a.aux);
+  }
   if (a.Has(kQSegmentIds) != a.Has(kKvSegmentIds)) {
     return got("aux", "with segment ids of both sides or of none", a.aux);
   }
@@ -195,6 +208,17 @@ std::string CheckAttributes(Target target, const Attributes& a) {
   return "";
 }
 
+// Of an input that isn't one of 8 bits, or of one with this bit of attribute `fp8`.
+ElementType InputType(const Attributes& attrs, Fp8Bit e5m2) {
+  if (attrs.fp8 != 0) return (attrs.fp8 & e5m2) != 0 ? ElementType::kE5m2 : ElementType::kE4m3;
+  return attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
+}
+
+// How many operands come after all others.
+size_t ScalesOf(const Attributes& attrs) {
+  return size_t{attrs.Has(kQkScale)} + size_t{attrs.Has(kVScale)};
+}
+
 // q, k and v: where the sizes come from, and the first checks on them.
 void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
   const Tensor q = reader.NextOfRank("q", 5);
@@ -209,7 +233,7 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
     call->num_pages = k.dims[1];
     call->page_size = k.dims[2];
   }
-  const ElementType dtype = attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
+  const ElementType dtype = InputType(attrs, kE5m2Q);
   if (q.dtype != dtype) {
     reader.Fail(std::string("operand q must be ") + Name(dtype) + ", got " + Text(q));
   }
@@ -235,8 +259,7 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
       reader.Fail("pages must be at least one, of 8, 16, 32, 64, 128 or 256 tokens, got k " +
                   Text(k));
     }
-    // The table is the last operand.
-    const Tensor& table = reader.LastArg();
+    const Tensor& table = reader.LastArg(ScalesOf(attrs));
     if (table.rank < 3 || table.dims[table.rank - 1] < 0 ||
         table.dims[table.rank - 1] * size > kMaxLength) {
       reader.Fail(
@@ -247,17 +270,17 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
     call->max_pages = table.dims[table.rank - 1];
     sizes.kv_len = call->max_pages * size;
   }
-  const auto expect = [&](const char* name, const Tensor& x, int64_t dim) {
+  const auto expect = [&](const char* name, const Tensor& x, ElementType type, int64_t dim) {
     const std::array<int64_t, 4> dims =
         paged ? std::array<int64_t, 4>{sizes.num_kv_heads, call->num_pages, call->page_size, dim}
               : std::array<int64_t, 4>{sizes.batch, sizes.num_kv_heads, sizes.kv_len, dim};
-    if (x.dtype != q.dtype || !std::equal(dims.begin(), dims.end(), x.dims)) {
+    if (x.dtype != type || !std::equal(dims.begin(), dims.end(), x.dims)) {
       reader.Fail(std::string("operand ") + name + " must be " +
-                  ShapeText(q.dtype, dims.data(), dims.size()) + ", got " + Text(x));
+                  ShapeText(type, dims.data(), dims.size()) + ", got " + Text(x));
     }
   };
-  expect("k", k, attrs.head_dim);
-  expect("v", v, attrs.head_dim_v);
+  expect("k", k, InputType(attrs, kE5m2K), attrs.head_dim);
+  expect("v", v, InputType(attrs, kE5m2V), attrs.head_dim_v);
   call->q = reader.Data("q", q);
   call->k = reader.Data("k", k);
   call->v = reader.Data("v", v);
@@ -266,20 +289,21 @@ void ReadInputs(const Attributes& attrs, Reader& reader, Call* call) {
 void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   const Problem& sizes = call->sizes;
   const bool packed = attrs.Has(kCuSeqlensQ), paged = attrs.Has(kPageTable);
+  // The table of a paged call or the boundaries of another come last but for scales.
+  const Tensor& last = reader.LastArg(ScalesOf(attrs));
   // The two leading axes.
   const int64_t B = paged ? sizes.num_kv_heads : sizes.batch;
   const int64_t K = paged ? sizes.batch : sizes.num_kv_heads;
   if (packed && paged) {
-    const Tensor& table = reader.LastArg();
-    if (table.rank != 4 || table.dims[2] < 1 || table.dims[2] > kMaxLength) {
+    if (last.rank != 4 || last.dims[2] < 1 || last.dims[2] > kMaxLength) {
       reader.Fail("operand page_table must be int32[K or 1, B, sequences, pages], got " +
-                  Text(table));
+                  Text(last));
       return;
     }
-    call->sizes.num_sequences = table.dims[2];
+    call->sizes.num_sequences = last.dims[2];
   } else if (packed) {
-    // How many sequences there are is told by the boundaries, which come last.
-    const Tensor& ends = reader.LastArg();
+    // How many sequences there are is told by the boundaries.
+    const Tensor& ends = last;
     if (ends.rank != 3 || ends.dims[2] < 2 || ends.dims[2] > kMaxLength) {
       reader.Fail("operand cu_seqlens_kv must be int32[B, K, sequences + 1], got " + Text(ends));
       return;
@@ -308,11 +332,13 @@ void ReadOptional(const Attributes& attrs, Reader& reader, Call* call) {
   call->cu_seqlens_kv = read(kCuSeqlensKv, "cu_seqlens_kv", {B, K, n + 1});
   if (paged) {
     // The same for all key heads: repeated only where XLA may split them.
-    const int64_t heads = reader.LastArg().dims[0] == 1 ? 1 : sizes.num_kv_heads;
+    const int64_t heads = last.dims[0] == 1 ? 1 : sizes.num_kv_heads;
     call->page_table =
         packed ? read(kPageTable, "page_table", {heads, sizes.batch, n, call->max_pages})
                : read(kPageTable, "page_table", {heads, sizes.batch, call->max_pages});
   }
+  call->qk_scale = read(kQkScale, "qk_scale", {B, K}, ElementType::kF32);
+  call->v_scale = read(kVScale, "v_scale", {B, K}, ElementType::kF32);
 }
 
 // [batch, token, head, dim] memory.
@@ -391,6 +417,11 @@ Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   variant->packed = attrs.Has(kCuSeqlensQ);
   variant->deterministic = attrs.deterministic;
   variant->dslopes = attrs.has_dslopes;
+  variant->fp8 = attrs.fp8 != 0;
+  variant->e5m2_q = (attrs.fp8 & kE5m2Q) != 0;
+  variant->e5m2_k = (attrs.fp8 & kE5m2K) != 0;
+  variant->e5m2_v = (attrs.fp8 & kE5m2V) != 0;
+  variant->two_level = (attrs.fp8 & kTwoLevel) != 0;
   variant->paged = attrs.Has(kPageTable) && variant->op == Op::kFwd;
   variant->rows = attrs.rows;
   return ForcedFamily(&variant->family);
@@ -467,6 +498,8 @@ FwdParams ToFwdParams(const Attributes& attrs, const Call& call) {
   p.out = ToTensorArg(call.out, p.problem.q_len, p.problem.num_heads, call.variant.head_dim_v);
   p.sinks = static_cast<const float*>(call.sinks);
   p.lse = static_cast<float*>(call.lse);
+  p.qk_scales = static_cast<const float*>(call.qk_scale);
+  p.v_scales = static_cast<const float*>(call.v_scale);
   return p;
 }
 

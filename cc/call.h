@@ -17,7 +17,7 @@
 //   query_offset s32 [B, K], packed [B, K, n]   q_lengths, kv_lengths s32 [B, K]
 //   q_segment_ids s32 [B, K, T] and their ranges [B, K, ceil(T / 32), 2]   the same for keys, S
 //   alibi_slopes, sinks f32 [B, K, G]   cu_seqlens_q, cu_seqlens_kv s32 [B, K, n + 1]
-//   page_table s32 [K or 1, B, M]
+//   page_table s32 [K or 1, B, M]   qk_scale, v_scale f32 [B, K], for 8-bit floats
 // With cu_seqlens the call is packed: n sequences, T and S count all tokens. A packed call over
 // pages has no cu_seqlens_kv, but kv_lengths [K, B, n] and page_table [K or 1, B, n, M].
 #ifndef JAX_FLASHATTN_CC_CALL_H_
@@ -45,7 +45,19 @@ enum AuxBit : int64_t {
   kCuSeqlensQ = 1 << 7,
   kCuSeqlensKv = 1 << 8,
   kPageTable = 1 << 9,
-  kAllAux = (1 << 10) - 1,
+  kQkScale = 1 << 10,
+  kVScale = 1 << 11,
+  kAllAux = (1 << 12) - 1,
+};
+
+// Bits of attribute `fp8`: _fp8_attribute of _lowering_cuda.py.
+enum Fp8Bit : int64_t {
+  kFp8 = 1 << 0,  // q, k and v are 8-bit floats: e4m3, or
+  kE5m2Q = 1 << 1,
+  kE5m2K = 1 << 2,
+  kE5m2V = 1 << 3,
+  kTwoLevel = 1 << 4,
+  kAllFp8 = (1 << 5) - 1,
 };
 
 // In the order of the handlers' attributes.
@@ -58,10 +70,12 @@ struct Attributes {
   int64_t window_right;
   int64_t sink_tokens;
   int64_t aux;
-  bool is_bf16;
+  bool is_bf16;  // of the output, and of inputs that aren't of 8 bits
   int64_t head_dim;
   int64_t head_dim_v;
   int64_t arch;
+  // Forward; 0 in backward.
+  int64_t fp8 = 0;
   // Backward only.
   bool deterministic = false;
   bool has_dlse = false;
@@ -73,7 +87,7 @@ struct Attributes {
   bool Has(AuxBit bit) const { return (aux & bit) != 0; }
 };
 
-enum class ElementType { kF16, kBF16, kF32, kS32, kOther };
+enum class ElementType { kF16, kBF16, kF32, kS32, kE4m3, kE5m2, kOther };
 
 struct Tensor {
   ElementType dtype;
@@ -104,6 +118,7 @@ struct Call {
   void *kv_segment_ids = nullptr, *kv_segment_ranges = nullptr;
   void *alibi_slopes = nullptr, *sinks = nullptr;
   void *cu_seqlens_q = nullptr, *cu_seqlens_kv = nullptr;
+  void *qk_scale = nullptr, *v_scale = nullptr;
   void* page_table = nullptr;
   int64_t num_pages = 0, page_size = 0, max_pages = 0;  // of a paged call
 };

@@ -46,6 +46,10 @@ ElementType ToElementType(ffi::DataType dtype) {
       return ElementType::kF32;
     case ffi::S32:
       return ElementType::kS32;
+    case ffi::F8E4M3FN:
+      return ElementType::kE4m3;
+    case ffi::F8E5M2:
+      return ElementType::kE5m2;
     default:
       return ElementType::kOther;
   }
@@ -174,18 +178,19 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
   return OkStatus();
 }
 
-// The maps of keys and values, whose boxes are blocks of `block_rows` keys, or as much of one as is
+// The maps of keys and values, whose boxes are the kernel's blocks of keys, or as much of one as is
 // surely in one page.
-Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, int block_rows, int* box_rows,
-                     TensorMap* k, TensorMap* v) {
+Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& kernel,
+                     int* box_rows, TensorMap* k, TensorMap* v) {
   const ProblemParams& p = fwd.problem;
   const bool paged = fwd.pages.table != nullptr;
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
+  const int block_rows = kernel.box_rows_kv, bytes = kernel.input_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows}, call.q, k));
-  return launch::EncodeTensorMap(fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows},
-                                 call.q, v);
+      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
+  return launch::EncodeTensorMap(
+      fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, v);
 }
 
 // The Hopper forward wants tensor maps in front.
@@ -199,9 +204,9 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q}, call.q, &params.q));
-  JFA_RETURN_IF_ERROR(
-      EncodeKeyMaps(call, fwd, kernel.box_rows_kv, &params.box_rows, &params.k, &params.v));
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.input_bytes},
+      call.q, &params.q));
+  JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
@@ -223,8 +228,8 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   }
   params.row_tiles = DecodeRowTiles(kernel, call.sizes);
   if (kernel.box_rows_kv != 0) {
-    JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, params.fwd, kernel.box_rows_kv, &params.box_rows,
-                                      &params.k, &params.v));
+    JFA_RETURN_IF_ERROR(
+        EncodeKeyMaps(call, params.fwd, kernel, &params.box_rows, &params.k, &params.v));
   }
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }
@@ -308,21 +313,33 @@ ffi::Error Guard(Stage stage) {
   }
 }
 
+Attributes CommonAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
+                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
+                            int64_t arch) {
+  return {scale,       soft_cap, is_causal, query_offset, window_left, window_right,
+          sink_tokens, aux,      is_bf16,   head_dim,     head_dim_v,  arch};
+}
+
 Attributes FwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                          int64_t window_left, int64_t window_right, int64_t sink_tokens,
                          int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                         int64_t arch) {
-  return {scale,       soft_cap, is_causal, query_offset, window_left, window_right,
-          sink_tokens, aux,      is_bf16,   head_dim,     head_dim_v,  arch};
+                         int64_t arch, int64_t fp8) {
+  Attributes attrs =
+      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+  attrs.fp8 = fp8;
+  return attrs;
 }
 
 Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                          int64_t window_left, int64_t window_right, int64_t sink_tokens,
                          int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                         int64_t arch, bool deterministic, bool has_dlse, bool has_dslopes) {
+                         int64_t arch, int64_t fp8, bool deterministic, bool has_dlse,
+                         bool has_dslopes) {
   Attributes attrs =
       FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
   attrs.deterministic = deterministic;
   attrs.has_dlse = has_dlse;
   attrs.has_dslopes = has_dslopes;
@@ -334,8 +351,8 @@ Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t 
                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
                            int64_t arch, int64_t rows, bool heads_first) {
   Attributes attrs =
-      FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
   attrs.rows = rows;
   attrs.heads_first = heads_first;
   return attrs;
@@ -375,7 +392,7 @@ using Serve = Handlers<Target::kServe, ServeAttributes>;
 
 // A binding is moved from by each call that extends it, and can't be moved otherwise.
 template <typename Binding>
-auto BindFwdAttributes(Binding&& binding) {
+auto BindCommonAttributes(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Attr<float>("scale")
       .template Attr<float>("soft_cap")
@@ -392,6 +409,11 @@ auto BindFwdAttributes(Binding&& binding) {
 }
 
 template <typename Binding>
+auto BindFwdAttributes(Binding&& binding) {
+  return BindCommonAttributes(std::forward<Binding>(binding)).template Attr<int64_t>("fp8");
+}
+
+template <typename Binding>
 auto BindBwdAttributes(Binding&& binding) {
   return BindFwdAttributes(std::forward<Binding>(binding))
       .template Attr<bool>("deterministic")
@@ -401,7 +423,7 @@ auto BindBwdAttributes(Binding&& binding) {
 
 template <typename Binding>
 auto BindServeAttributes(Binding&& binding) {
-  return BindFwdAttributes(std::forward<Binding>(binding))
+  return BindCommonAttributes(std::forward<Binding>(binding))
       .template Attr<int64_t>("rows")
       .template Attr<bool>("heads_first");
 }

@@ -123,25 +123,27 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
                        TensorMap* map) {
   const Cuda* cuda;
   JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
-  // Any 16-bit type: nothing is computed on the way.
-  constexpr int kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
+  // Any type of the width: nothing is computed on the way.
+  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
   // How much the L2 fetches at a time: no more than a row, what follows is of another head.
   constexpr int kPromotion128 = 2, kPromotion256 = 3;
-  const int promotion = spec.columns * 2 >= 256 ? kPromotion256 : kPromotion128;
-  constexpr unsigned int kBoxColumns = 64;
+  const int width = spec.element_bytes;
+  const int promotion = spec.columns * width >= 256 ? kPromotion256 : kPromotion128;
+  constexpr unsigned int kBoxBytes = 128;
   const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
-  const auto bytes = [](long long x) { return static_cast<uint64_t>(x) * 2; };
+  const auto bytes = [&](long long x) { return static_cast<uint64_t>(x) * width; };
   const uint64_t dims[] = {extent(spec.columns), extent(spec.rows), extent(spec.heads),
                            extent(spec.batch)};
   const uint64_t strides[] = {bytes(tensor.row_stride), bytes(tensor.head_stride),
                               std::max<uint64_t>(bytes(tensor.batch_stride), 16)};
-  const unsigned int box[] = {kBoxColumns, static_cast<unsigned int>(spec.box_rows), 1, 1};
+  const unsigned int box[] = {kBoxBytes / width, static_cast<unsigned int>(spec.box_rows), 1, 1};
   const unsigned int steps[] = {1, 1, 1, 1};
-  return driver::Check(*cuda,
-                       cuda->tensor_map_encode_tiled(
-                           map, kUint16, 4, tensor.data != nullptr ? tensor.data : stand_in, dims,
-                           strides, box, steps, kNoInterleave, kSwizzle128, promotion, kZeroFill),
-                       "cuTensorMapEncodeTiled");
+  return driver::Check(
+      *cuda,
+      cuda->tensor_map_encode_tiled(map, width == 1 ? kUint8 : kUint16, 4,
+                                    tensor.data != nullptr ? tensor.data : stand_in, dims, strides,
+                                    box, steps, kNoInterleave, kSwizzle128, promotion, kZeroFill),
+      "cuTensorMapEncodeTiled");
 }
 
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream) {

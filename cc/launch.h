@@ -50,11 +50,12 @@ struct Dim3 {
 Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_early,
               driver::CuStream stream, const void* params, size_t param_bytes);
 
-// What a kernel with tensor maps needs to know of a 16-bit tensor. Boxes are 64 columns of
-// `box_rows` rows of one (batch, head), and lie in shared memory under the 128-byte swizzle.
+// What a kernel with tensor maps needs to know of a tensor. Boxes are 128 bytes of `box_rows` rows
+// of one (batch, head), and lie in shared memory under the 128-byte swizzle.
 struct TensorMapSpec {
   int64_t columns, rows, heads, batch;
   int box_rows;
+  int element_bytes = 2;  // or 1
 };
 // On the CPU alone; fast, and no call of the driver that waits or allocates. `stand_in`: an address
 // that is used where the tensor has no elements, and never read.

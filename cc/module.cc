@@ -31,8 +31,8 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 
 nb::dict CpuHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v2"] = Capsule(jfa::cpu::FwdExecute);
-  handlers["jfa_bwd_v2"] = Capsule(jfa::cpu::BwdExecute);
+  handlers["jfa_fwd_v3"] = Capsule(jfa::cpu::FwdExecute);
+  handlers["jfa_bwd_v3"] = Capsule(jfa::cpu::BwdExecute);
   handlers["jfa_paged_v1"] = Capsule(jfa::cpu::PagedExecute);
   return handlers;
 }
@@ -48,9 +48,9 @@ nb::dict Stages(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* initialize,
 
 nb::dict CudaHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v2"] =
+  handlers["jfa_fwd_v3"] =
       Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
-  handlers["jfa_bwd_v2"] =
+  handlers["jfa_bwd_v3"] =
       Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
   handlers["jfa_serve_v1"] =
       Stages(jfa::CudaServeInstantiate, jfa::CudaServeInitialize, jfa::CudaServeExecute);
@@ -84,10 +84,12 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
                  : mask == "causal" ? jfa::Mask::kCausal
                                     : jfa::Mask::kFull;
   const std::pair<const char*, bool*> flags[] = {
-      {"softcap", &variant.softcap},   {"alibi", &variant.alibi},
-      {"segments", &variant.segments}, {"packed", &variant.packed},
-      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic},
-      {"paged", &variant.paged}};
+      {"softcap", &variant.softcap},     {"alibi", &variant.alibi},
+      {"segments", &variant.segments},   {"packed", &variant.packed},
+      {"dslopes", &variant.dslopes},     {"deterministic", &variant.deterministic},
+      {"paged", &variant.paged},         {"fp8", &variant.fp8},
+      {"two_level", &variant.two_level}, {"e5m2_q", &variant.e5m2_q},
+      {"e5m2_k", &variant.e5m2_k},       {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {
     const auto flag = std::find_if(std::begin(flags), std::end(flags),
                                    [&](const auto& known) { return feature == known.first; });

@@ -4,6 +4,7 @@
 #include <climits>
 #include <tuple>
 
+#include "cc/plan_fp8.h"
 #include "cc/plan_tiles.h"
 
 namespace jfa {
@@ -258,6 +259,7 @@ struct Entry {
 };
 constexpr Entry kEntries[] = {
     {"fwd_sm90.cuh", "FwdSm90", "FwdSm90Params", true},
+    {kFwdFp8File, "FwdFp8Sm90", "FwdSm90Params", true},
     {"fwd_sm80.cuh", "FwdSm80", "FwdParams", true},
     {"decode.cuh", "Decode", "DecodeParams", true},
     {"decode_combine.cuh", "DecodeCombine", "DecodeParams", false},
@@ -272,7 +274,8 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.family);
+                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.e5m2_q,
+                    v.e5m2_k, v.e5m2_v, v.two_level, v.family);
   };
   return fields(a) == fields(b);
 }
@@ -291,10 +294,14 @@ Plan MakePlan(const Variant& variant, int arch) {
   }
   plan.error = CheckHeadDim("head_dim", variant.head_dim);
   if (plan.error.empty()) plan.error = CheckHeadDim("head_dim_v", variant.head_dim_v);
+  if (plan.error.empty() && variant.fp8) plan.error = CheckFp8(variant, arch);
   if (!plan.error.empty()) return plan;
 
   const Common common = MakeCommon(variant, info);
-  if (variant.op == Op::kDecode) {
+  if (variant.fp8) {
+    plan.kernels = {MakeFwdFp8(variant, common.head_dim, common.head_dim_v, info.smem_kb * 1024,
+                               common.l2_bytes)};
+  } else if (variant.op == Op::kDecode) {
     if (!common.aligned || variant.segments || variant.packed) {
       plan.error = "decode: expected head dims that are multiples of 8, no segments and no packing";
       return plan;
@@ -339,7 +346,7 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   }
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
-  if (kernel.file == "fwd_sm90.cuh") {
+  if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
     int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
     if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
     // CTAs that stay would share tiles whose lengths nobody knows unevenly.

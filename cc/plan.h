@@ -13,7 +13,7 @@
 namespace jfa {
 
 enum class Op { kFwd, kBwd, kDecode };
-enum class DType { kF16, kBF16 };
+enum class DType { kF16, kBF16 };  // of the output, and of inputs that aren't of 8 bits
 // What the mask does to the code. Causal is the one-sided case that needs no left bound.
 enum class Mask { kFull, kCausal, kLocal };
 
@@ -37,6 +37,10 @@ struct Variant {
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
   bool paged;          // keys are in pages; forward only, decode's code is the same for both
   int64_t rows;  // decode only: queries of one key head, q_len * group; rounded to a tile class
+  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; forward only.
+  bool fp8 = false;
+  bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
+  bool two_level = false;  // products with V are added in f32, block by block
   Family family = Family::kAny;
 };
 
@@ -55,6 +59,7 @@ struct KernelSpec {
   int box_rows_kv = 0;  // with pages at most: a box never spans two
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
+  int input_bytes = 2;  // of an element of q, k and v
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;

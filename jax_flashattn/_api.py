@@ -4,13 +4,14 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_flashattn import _prepare, _reference, _spec, _vjp
 
 Implementation = Literal["cuda", "cpu", "xla"]
 Window = int | tuple[int | None, int | None] | None
 Offset = int | Literal["end"] | ArrayLike | None
+Accumulation = Literal["fast", "two_level"]
 
 
 @overload
@@ -32,6 +33,11 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
+    q_scale: ArrayLike | None = ...,
+    k_scale: ArrayLike | None = ...,
+    v_scale: ArrayLike | None = ...,
+    out_dtype: DTypeLike | None = ...,
+    fp8_accumulation: Accumulation | None = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -57,6 +63,11 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
+    q_scale: ArrayLike | None = ...,
+    k_scale: ArrayLike | None = ...,
+    v_scale: ArrayLike | None = ...,
+    out_dtype: DTypeLike | None = ...,
+    fp8_accumulation: Accumulation | None = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -81,6 +92,11 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    q_scale: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    out_dtype: DTypeLike | None = None,
+    fp8_accumulation: Accumulation | None = None,
     implementation: Implementation | None = None,
     bias: None = None,
     mask: None = None,
@@ -110,9 +126,9 @@ def attention(
 
     Args:
       q: queries `[B, T, N, H]`, or `[T, N, H]`, or with more leading axes; float32, bfloat16 or
-        float16.
-      k: keys `[B, S, K, H]`, dtype and batch axes of q.
-      v: values `[B, S, K, Hv]`, dtype and batch axes of q.
+        float16, or (forward only, on GPUs only on Hopper) float8_e4m3fn or float8_e5m2.
+      k: keys `[B, S, K, H]`, dtype and batch axes of q; the two float8 dtypes may be mixed.
+      v: values `[B, S, K, Hv]`, dtype and batch axes of q, with the same exception.
       scale: factor of the logits, a Python number; `1 / sqrt(H)` by default.
       is_causal: hide later keys, as drawn above.
       query_offset: position of query 0: an int, `'end'` (the sequence's keys minus its queries),
@@ -137,24 +153,36 @@ def attention(
       return_lse: also return the log-sum-exp of each query's logits.
       deterministic: gradients are bitwise repeatable. On a GPU that costs time; on a CPU and in the
         forward pass, it is always so.
+      q_scale: for float8 inputs, what a stored value is multiplied with to give the true one: a
+        number or floating array, one value or one per batch element and key head, `[B, K]`; 1 by
+        default, not negative. Traced values compile nothing anew.
+      k_scale: the same for k.
+      v_scale: the same for v.
+      out_dtype: for float8 inputs, the output's dtype: bfloat16 (by default) or float16.
+      fp8_accumulation: for float8 inputs on a GPU, how products with v are summed: 'fast' (the
+        default) in the tensor cores, which keep about 14 bits of a sum; 'two_level' in float32,
+        block of keys by block. docs/performance.md has the errors and the cost of both.
       implementation: None for the platform's own kernels; `'cuda'`, `'cpu'`, or `'xla'` (dense:
         memory grows with T * S, any differentiation). A named one is never replaced by another.
       bias: refused; see Raises.
       mask: refused; see Raises.
 
     Returns:
-      Output `[B, T, N, Hv]` in q's dtype. With `return_lse`, also the log-sum-exp, float32, natural
-      logarithm, `[B, N, T]` (`[N, T]` for 3-axis input). A query that sees no key has output 0,
-      log-sum-exp -inf (`sinks[n]` with sinks) and gradient 0. Both are differentiable, in reverse
-      mode. Keys that only causality, window or segments hide must be finite; padding may be NaN.
+      Output `[B, T, N, Hv]` in q's dtype (`out_dtype` for float8). With `return_lse`, also the
+      log-sum-exp, float32, natural logarithm, `[B, N, T]` (`[N, T]` for 3-axis input). A query that
+      sees no key has output 0, log-sum-exp -inf (`sinks[n]` with sinks) and gradient 0. Both are
+      differentiable, in reverse mode (float8 aside). Keys that only causality, window or segments
+      hide must be finite; padding may be NaN.
 
     Raises:
       TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed,
         arrays sharded over sequence or head dim by explicit mesh axes.
       ValueError: shapes that don't fit together, a negative window, `sink_tokens` without window or
-        causal mask, an unknown implementation.
+        causal mask, an unknown implementation, float8 options without float8 inputs.
       UnsupportedError: `bias` or `mask` (a dense [T, S] array is what this function avoids), head
-        dims over 512, a named implementation on another platform, forward-mode differentiation.
+        dims over 512, a named implementation on another platform, forward-mode differentiation;
+        float8 inputs that are differentiated, or with head dims that aren't multiples of 16 up to
+        256.
     """
     _refuse_dense_arrays(bias, mask)
     return_lse = _spec.static_bool("return_lse", return_lse)
@@ -174,6 +202,11 @@ def attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         deterministic=deterministic,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out_dtype=out_dtype,
+        fp8_accumulation=fp8_accumulation,
         implementation=implementation,
     )
     return _run(call, jnp.shape(q)[:-3], return_lse)
@@ -197,6 +230,11 @@ def attention_varlen(
     logits_soft_cap: float | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
+    q_scale: ArrayLike | None = ...,
+    k_scale: ArrayLike | None = ...,
+    v_scale: ArrayLike | None = ...,
+    out_dtype: DTypeLike | None = ...,
+    fp8_accumulation: Accumulation | None = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -221,6 +259,11 @@ def attention_varlen(
     logits_soft_cap: float | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
+    q_scale: ArrayLike | None = ...,
+    k_scale: ArrayLike | None = ...,
+    v_scale: ArrayLike | None = ...,
+    out_dtype: DTypeLike | None = ...,
+    fp8_accumulation: Accumulation | None = ...,
     implementation: Implementation | None = ...,
     bias: None = ...,
     mask: None = ...,
@@ -244,6 +287,11 @@ def attention_varlen(
     logits_soft_cap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    q_scale: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    out_dtype: DTypeLike | None = None,
+    fp8_accumulation: Accumulation | None = None,
     implementation: Implementation | None = None,
     bias: None = None,
     mask: None = None,
@@ -275,6 +323,11 @@ def attention_varlen(
       logits_soft_cap: see `attention`.
       return_lse: also return the log-sum-exp, `[N, total_q]` after the batch axes.
       deterministic: see `attention`.
+      q_scale: see `attention`; `[K]` where there are no batch axes.
+      k_scale: the same.
+      v_scale: the same.
+      out_dtype: see `attention`.
+      fp8_accumulation: see `attention`.
       implementation: see `attention`.
       bias: refused, as by `attention`.
       mask: refused, as by `attention`.
@@ -304,6 +357,11 @@ def attention_varlen(
         alibi_slopes=alibi_slopes,
         logits_soft_cap=logits_soft_cap,
         deterministic=deterministic,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out_dtype=out_dtype,
+        fp8_accumulation=fp8_accumulation,
         implementation=implementation,
     )
     return _run(call, jnp.shape(q)[:-3], return_lse)

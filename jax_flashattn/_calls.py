@@ -15,18 +15,21 @@ from jax_flashattn._spec import AUX_NAMES, AttentionSpec, Dims
 Primitive: Any = type(lax.add_p)
 
 
-def forward_avals(q: Any, k: Any, v: Any) -> list[Any]:
-    """Types of `out [B, T, N, Hv]` and `lse [B, N, T]`."""
+def forward_avals(q: Any, k: Any, v: Any, out_dtype: str | None = None) -> list[Any]:
+    """Types of `out [B, T, N, Hv]`, of q's dtype unless given, and `lse [B, N, T]`."""
     d = Dims.of(q, k, v)
     return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), q.dtype),
+        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), out_dtype or q.dtype),
         result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
     ]
 
 
 def num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:
     """How many sequences a packed batch element holds; 0 if it isn't packed."""
-    return aux[-1].shape[-1] - 1 if "cu_seqlens_kv" in spec.aux else 0
+    if "cu_seqlens_kv" not in spec.aux:
+        return 0
+    after = len(spec.aux) - spec.aux.index("cu_seqlens_kv")
+    return aux[-after].shape[-1] - 1
 
 
 def _side(size: int | None) -> np.int64:

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from jax_flashattn import _lowering_cuda, _native, _prepare
-from jax_flashattn._spec import AttentionSpec
+from jax_flashattn import _fp8, _lowering_cuda, _native, _prepare
+from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,14 @@ def explain(
     if implementation != "cuda":
         return Explanation(implementation, spec, [], [])
     _lowering_cuda.check_supported(q, v)
-    variants = [_lowering_cuda.variant(spec, op, q, v) for op in ("fwd", "bwd")]
+    ops = ("fwd",) if _fp8.is_fp8(q) else ("fwd", "bwd")
+    variants = [_lowering_cuda.variant(spec, op, q, k, v) for op in ops]
     if arch is None:
         arch = _lowering_cuda.device_archs()[0]
     kernels = []
     for variant in variants:
         plan = _native.cuda_explain(**variant, arch=arch)
+        if plan["error"]:
+            raise UnsupportedError(plan["error"])
         kernels += [{**kernel, "arch": plan["arch"]} for kernel in plan["kernels"]]
     return Explanation(implementation, spec, variants, kernels)

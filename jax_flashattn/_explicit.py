@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jax_flashattn._sharding import to_common_vma
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec
+from jax_flashattn._spec import PER_HEAD_AUX, PER_KV_HEAD_AUX, AttentionSpec
 
 MeshAxes = tuple[str, ...]
 
@@ -76,7 +76,8 @@ def backward_axes(spec: AttentionSpec, has_dlse: bool, has_dslopes: bool) -> Any
 
 
 def _aux_axes(spec: AttentionSpec) -> list[str]:
-    return ["bn" if name in PER_HEAD_AUX else "b" for name in spec.aux]
+    axes = {**dict.fromkeys(PER_HEAD_AUX, "bn"), **dict.fromkeys(PER_KV_HEAD_AUX, "bk")}
+    return [axes.get(name, "b") for name in spec.aux]
 
 
 def per_head_like(q: Any, x: jax.Array) -> jax.Array:
@@ -126,10 +127,17 @@ def on_shards(
             # Gradients are summed over devices as float32, as all sums are; beside automatic axes
             # XLA's CPU compiler aborts on an all-reduce of bfloat16.
             wide = [x.astype(jnp.float32) if further else x for x in (k, v)]
-            shared = [x.astype(k.dtype) for x in to_common_vma(q, *wide)[1:]]
+            wide = to_common_vma(q, *wide)[1:]
+            shared = [x.astype(like.dtype) for x, like in zip(wide, (k, v), strict=True)]
             return [_heads_of_shard(x, q.shape[2], group, further) for x in shared]
 
+        def of_key_heads(x: jax.Array) -> jax.Array:
+            return _heads_of_shard(x[:, None, :, None], q.shape[2], group, further)[:, 0, :, 0]
+
         local, vjp = jax.vjp(of_queries, k, v)
+        rest = tuple(
+            of_key_heads(x) if axes == "bk" else x for x, axes in zip(rest, inputs[3:], strict=True)
+        )
         found = list(function(q, *local, *rest))
         if "b.k" in results:
             # Sums over the devices that share a key head.

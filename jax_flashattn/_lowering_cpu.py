@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from jax_flashattn import _native
+from jax_flashattn import _fp8, _native
 from jax_flashattn._calls import Primitive, attributes, forward_avals, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import AttentionSpec, Dims
+from jax_flashattn._spec import PER_KV_HEAD_AUX, AttentionSpec, Dims
 from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET
 
 _fwd_p = Primitive("flash_attention_fwd_cpu")
@@ -36,8 +36,14 @@ _AUX_AXES = {
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
 ) -> list[jax.Array]:
-    """`fwd_p` by the CPU kernels."""
-    return _fwd_p.bind(q, k, v, *aux, spec=spec)
+    """`fwd_p` by the CPU kernels, which take float8 inputs as float32."""
+    if not _fp8.is_fp8(q):
+        return _fwd_p.bind(q, k, v, *aux, spec=spec)
+    arrays = dict(zip(spec.aux, aux, strict=True))
+    plain = spec.without_aux(*PER_KV_HEAD_AUX)
+    q, k, v = _fp8.dequantize(q, k, v, arrays)
+    out, lse = _fwd_p.bind(q, k, v, *(arrays[name] for name in plain.aux), spec=plain)
+    return [out.astype(spec.out_dtype), lse]
 
 
 def backward(

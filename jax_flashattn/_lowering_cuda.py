@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from jax_flashattn import _native
+from jax_flashattn import _fp8, _native
 from jax_flashattn._calls import Primitive, attributes, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import (
     PER_HEAD_AUX,
+    PER_KV_HEAD_AUX,
     AttentionSpec,
     KernelNotCachedError,
     UnsupportedError,
@@ -37,9 +38,16 @@ for _p in (_fwd_p, _bwd_p):
 
 
 def variant(
-    spec: AttentionSpec, op: str, q: Any, v: Any, *, has_dslopes: bool = False, rows: int = 0
+    spec: AttentionSpec,
+    op: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    has_dslopes: bool = False,
+    rows: int = 0,
 ) -> dict[str, Any]:
-    """What of a call changes code, as `_native` takes it; of q and v only dtype and shape count.
+    """What of a call changes code, as `_native` takes it; of arrays only dtype and shape count.
 
     `rows` are the queries of one key head, for op 'decode'.
     """
@@ -51,10 +59,15 @@ def variant(
         "deterministic": op == "bwd" and spec.deterministic,
         "dslopes": has_dslopes,
         "paged": op == "fwd" and "page_table" in spec.aux,
+        "fp8": _fp8.is_fp8(q),
+        "e5m2_q": q.dtype == jnp.float8_e5m2,
+        "e5m2_k": k.dtype == jnp.float8_e5m2,
+        "e5m2_v": v.dtype == jnp.float8_e5m2,
+        "two_level": spec.two_level,
     }
     return {
         "op": op,
-        "dtype": str(q.dtype),
+        "dtype": spec.out_dtype or str(q.dtype),
         "head_dim": q.shape[-1],
         "head_dim_v": v.shape[-1],
         "mask": spec.mask_kind,
@@ -67,6 +80,14 @@ def device_archs() -> list[int]:
     """Architectures of the GPUs here, such as 80 or 90; RuntimeError without a driver."""
     names = [device["arch"] for device in _native.cuda_devices()["devices"]]
     return list(dict.fromkeys(int(name.removeprefix("sm_").rstrip("af")) for name in names))
+
+
+def _local_archs() -> list[int]:
+    """The same; none on a machine that compiles for another."""
+    try:
+        return device_archs()
+    except RuntimeError:
+        return []
 
 
 def _arch_to_compile_for() -> int:
@@ -84,11 +105,7 @@ def require_cached(variant: dict[str, Any]) -> None:
     """
     if os.environ.get("JFA_DISABLE_JIT", "0") in ("", "0"):
         return
-    try:
-        archs = device_archs()
-    except RuntimeError:
-        return  # for another machine
-    for arch in archs:
+    for arch in _local_archs():
         try:
             _native.cuda_warm(**variant, arch=arch)
         except RuntimeError as error:
@@ -97,12 +114,21 @@ def require_cached(variant: dict[str, Any]) -> None:
             raise KernelNotCachedError(str(error).removeprefix("KernelNotCachedError: ")) from None
 
 
+def _require_architecture(variant: dict[str, Any]) -> None:
+    """Raises UnsupportedError if no GPU that we compile for runs it: XLA would say it later."""
+    arch = _arch_to_compile_for()
+    archs = [arch] if arch else _local_archs()
+    errors = [_native.cuda_explain(**variant, arch=arch)["error"] for arch in archs]
+    if errors and all(errors):
+        raise UnsupportedError(errors[0])
+
+
 def check_supported(q: Any, v: Any) -> None:
     """Raises UnsupportedError for dtypes and head dims that the kernels don't take."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) and not _fp8.is_fp8(q):
         raise UnsupportedError(
-            f"the CUDA kernels take float16 and bfloat16, got {q.dtype}; implementation='xla' is "
-            "dense and takes it"
+            f"the CUDA kernels take float16, bfloat16 and (on Hopper) float8, got {q.dtype}; "
+            "implementation='xla' is dense and takes it"
         )
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         raise UnsupportedError(
@@ -147,6 +173,9 @@ def aux_operands(
         if name in PER_HEAD_AUX:
             operands.append(x.reshape(B, num_kv_heads, -1))
             continue
+        if name in PER_KV_HEAD_AUX:
+            operands.append(x)
+            continue
         per_kv_head = [x, _segment_ranges(x)] if "segment_ids" in name else [x]
         operands += [
             jnp.broadcast_to(y[:, None], (B, num_kv_heads, *y.shape[1:])) for y in per_kv_head
@@ -159,7 +188,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`fwd_p` by the CUDA kernels."""
     check_supported(q, v)
-    require_cached(variant(spec, "fwd", q, v))
+    wanted = variant(spec, "fwd", q, k, v)
+    if _fp8.is_fp8(q):
+        _require_architecture(wanted)
+    require_cached(wanted)
     B, T, N, _ = q.shape
     K = k.shape[2]
     operands = split_heads(q, K), keys_first(k), keys_first(v), *aux_operands(spec, aux, K)
@@ -173,7 +205,7 @@ def backward(
     """`bwd_p` by the CUDA kernels."""
     q, k, v, out, lse, dout, *rest = operands
     check_supported(q, v)
-    require_cached(variant(spec, "bwd", q, v, has_dslopes=has_dslopes))
+    require_cached(variant(spec, "bwd", q, k, v, has_dslopes=has_dslopes))
     B, T, N, _ = q.shape
     K = k.shape[2]
     rows = lambda x: x.reshape(B, K, N // K, T)  # noqa: E731 (two uses, one line)
@@ -200,7 +232,7 @@ def backward(
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     B, K, G, T, _ = q.shape
     return [
-        result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), q.dtype),
+        result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), spec.out_dtype or q.dtype),
         result_aval(q, (B, K, G, T), (0, 1, 2, 3), jnp.float32),
     ]
 
@@ -240,6 +272,8 @@ _AUX_AXES: dict[str, tuple[str, ...]] = {
     "sinks": ("bkg",),
     "cu_seqlens_q": ("bky",),
     "cu_seqlens_kv": ("bky",),
+    "qk_scale": ("bk",),
+    "v_scale": ("bk",),
 }
 
 
@@ -253,13 +287,19 @@ def _layout(axes: str) -> tuple[int, ...]:
     return _K_LAYOUT if axes in ("bksh", "bksd") else _row_major(axes)
 
 
-def code_attributes(q: Any, v: Any) -> dict[str, Any]:
-    """What of q and v decides the kernels, said in attributes too.
+def _fp8_attribute(spec: AttentionSpec, *inputs: Any) -> np.int64:
+    """Bits of Fp8Bit in call.h: of 8 bits at all, e5m2 for each of q, k, v, two-level sums."""
+    flags = [_fp8.is_fp8(inputs[0]), *(x.dtype == jnp.float8_e5m2 for x in inputs), spec.two_level]
+    return np.int64(sum(int(flag) << bit for bit, flag in enumerate(flags)))
+
+
+def code_attributes(spec: AttentionSpec, q: Any, v: Any) -> dict[str, Any]:
+    """What beside `attributes` decides the kernels, said in attributes too.
 
     They are compiled before a runtime need show any operand.
     """
     return {
-        "is_bf16": np.bool_(q.dtype == jnp.bfloat16),
+        "is_bf16": np.bool_(jnp.dtype(spec.out_dtype or q.dtype) == jnp.bfloat16),
         "head_dim": np.int64(q.shape[-1]),
         "head_dim_v": np.int64(v.shape[-1]),
         "arch": np.int64(_arch_to_compile_for()),
@@ -281,7 +321,7 @@ def _lower(
     axes = [*inputs]
     for name in spec.aux:
         axes += {**_AUX_AXES, **offset_axes}[name]
-    q, _, v = ctx.avals_in[:3]
+    q, k, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         target,
         operand_layouts=[_layout(x) for x in axes],
@@ -292,7 +332,8 @@ def _lower(
         ctx,
         *operands,
         **attributes(spec),
-        **code_attributes(q, v),
+        **code_attributes(spec, q, v),
+        fp8=_fp8_attribute(spec, q, k, v),
         **more,
     )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from jax_flashattn import _lowering_cuda, _native
+from jax_flashattn import _fp8, _lowering_cuda, _native
 from jax_flashattn._calls import Primitive, attributes
 from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec
@@ -29,7 +29,9 @@ _serve_p.multiple_results = True
 
 
 def decodes(q: Any, v: Any, num_kv_heads: int, spec: AttentionSpec) -> bool:
-    """Whether the split-KV kernel takes the call; of q and v only shapes count."""
+    """Whether the split-KV kernel takes the call; it knows no float8."""
+    if _fp8.is_fp8(q):
+        return False
     T, N, H = q.shape[-3:]
     aligned = H % 8 == 0 and v.shape[-1] % 8 == 0
     if not aligned or "q_segment_ids" in spec.aux or "cu_seqlens_q" in spec.aux:
@@ -71,7 +73,7 @@ def decode(
     _lowering_cuda.check_supported(q, v)
     (B, T, N, _), K = q.shape, k.shape[2]
     rows = T * (N // K)
-    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, "decode", q, v, rows=rows))
+    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, "decode", q, k, v, rows=rows))
     out, lse, _ = _serve_p.bind(
         _lowering_cuda.split_heads(q, K),
         _lowering_cuda.keys_first(k),
@@ -102,7 +104,7 @@ def paged(
     G = N // K
     rows = T * G if decodes(q, v, K, spec) else 0
     op = "decode" if rows else "fwd"
-    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, op, q, v, rows=rows))
+    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, op, q, k, v, rows=rows))
     kv_len = aux[spec.aux.index("page_table")].shape[-1] * page_size
     out, lse, _ = _serve_p.bind(
         q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4),
@@ -219,7 +221,7 @@ def _lower_serve(
         ctx,
         *operands,
         **attributes(spec),
-        **_lowering_cuda.code_attributes(q, v),
+        **_lowering_cuda.code_attributes(spec, q, v),
         rows=np.int64(rows),
         heads_first=np.bool_(layout == "HND"),
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_flashattn import _spec
+from jax_flashattn import _fp8, _spec
 from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
 
 MAX_WINDOW = np.iinfo(np.int32).max  # beyond, a side is open
@@ -175,6 +175,7 @@ def _finish(
     logits_soft_cap: Any = None,
     deterministic: Any = False,
     implementation: Any = None,
+    **of_fp8: Any,
 ) -> Call:
     """What dense, packed and paged calls share."""
     is_causal = _spec.static_bool("is_causal", is_causal)
@@ -184,6 +185,8 @@ def _finish(
     if scale <= 0:
         # Kernels take the maximum before they scale, which needs a positive factor.
         q, scale = q * jnp.asarray(math.copysign(1, scale) if scale else 0, q.dtype), -scale or 1.0
+    fp8_fields, fp8_aux = _fp8.options(q, k, v, batch, **of_fp8)
+    aux.update(fp8_aux)
     soft_cap = None
     if logits_soft_cap is not None:
         soft_cap = _spec.static_number("logits_soft_cap", logits_soft_cap, "it must be static")
@@ -232,6 +235,7 @@ def _finish(
         aux=tuple(name for name in AUX_NAMES if name in aux),
         deterministic=_spec.static_bool("deterministic", deterministic),
         implementation=implementation,
+        **fp8_fields,
     )
     B = math.prod(batch)
     q = q.reshape(B, *q.shape[-3:])

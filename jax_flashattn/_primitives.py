@@ -36,7 +36,7 @@ for _p in (fwd_p, tangent_p, bwd_p):
 
 def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     _explicit.check(q, k, v)
-    return forward_avals(q, k, v)
+    return forward_avals(q, k, v, spec.out_dtype)
 
 
 def _tangent_abstract(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_flashattn import _fp8
 from jax_flashattn._spec import AttentionSpec
 
 Aux = Mapping[str, jax.Array]
@@ -151,10 +152,13 @@ def attention(
         least float32, its default. Tests set the inputs' dtype, for the low-precision twin.
 
     Returns:
-      `out [B, T, N, Hv]` in q's dtype and the log-sum-exp `lse [B, N, T]` in at least float32. A
-      query that sees nothing has output 0 and lse -inf, or the logit of its sink.
+      `out [B, T, N, Hv]` in q's dtype (`spec.out_dtype` for float8) and the log-sum-exp
+      `lse [B, N, T]` in at least float32. A query that sees nothing has output 0 and lse -inf, or
+      the logit of its sink.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    if _fp8.is_fp8(q):
+        q, k, v = _fp8.dequantize(q, k, v, aux)
     accumulator = q.dtype if q.dtype == jnp.float64 else jnp.dtype(jnp.float32)
     dtype = jnp.dtype(accumulator if softmax_dtype is None else softmax_dtype)
     queries, keys = tokens(T, S, aux)
@@ -185,7 +189,7 @@ def attention(
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
         out = zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0].astype(accumulator)
-    return out.astype(v.dtype), lse.reshape(B, N, T)
+    return out.astype(spec.out_dtype or v.dtype), lse.reshape(B, N, T)
 
 
 def paged_attention(

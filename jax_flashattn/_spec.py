@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 MAX_HEAD_DIM = 512
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -37,8 +38,11 @@ AUX_NAMES = (
     "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
     "cu_seqlens_kv",  # int32 [B, n + 1]; not with page_table
     "page_table",  # int32 [B, M], pages of each sequence; [B, n, M] with cu_seqlens_q
+    "qk_scale",  # float32 [B, K]: factor of the scores of float8 inputs
+    "v_scale",  # float32 [B, K]
 )
 PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
+PER_KV_HEAD_AUX = ("qk_scale", "v_scale")
 
 
 class UnsupportedError(NotImplementedError):
@@ -64,6 +68,8 @@ class AttentionSpec:
       aux: names of the optional arrays that are given, a subsequence of `AUX_NAMES`.
       deterministic: gradients are bitwise repeatable, also where that is slower.
       implementation: the implementation that the caller named, or None for the platform's own.
+      out_dtype: name of the output's dtype, or None for q's; given for 8-bit inputs.
+      two_level: products of 8-bit weights and values are added in float32, block by block.
     """
 
     scale: float
@@ -76,6 +82,8 @@ class AttentionSpec:
     aux: tuple[str, ...] = ()
     deterministic: bool = False
     implementation: str | None = None
+    out_dtype: str | None = None
+    two_level: bool = False
 
     @property
     def mask_kind(self) -> str:
@@ -84,9 +92,9 @@ class AttentionSpec:
             return "local"
         return "causal" if self.is_causal else "full"
 
-    def without_aux(self, name: str) -> "AttentionSpec":
-        """The same call without one of the optional arrays."""
-        return dataclasses.replace(self, aux=tuple(x for x in self.aux if x != name))
+    def without_aux(self, *names: str) -> "AttentionSpec":
+        """The same call without some of the optional arrays."""
+        return dataclasses.replace(self, aux=tuple(x for x in self.aux if x not in names))
 
 
 class Dims(NamedTuple):
@@ -108,14 +116,20 @@ class Dims(NamedTuple):
 
 
 def check_arrays(
-    q: Any, k: Any, v: Any, *, dense: bool, names: tuple[str, str, str] = ("q", "k", "v")
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dense: bool,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    dtypes: Sequence[Any] = (*DTYPES, *FP8_DTYPES),
 ) -> None:
     """Raises unless q, k, v are a valid `[*B, T|S, heads, dim]` triple.
 
     `dense` is for implementation='xla', which also takes float64 and any head dim.
     """
     _, k_name, v_name = names
-    dtypes = (*DTYPES, jnp.float64) if dense else DTYPES
+    *others, last = (jnp.dtype(x).name for x in dtypes)
     for name, x in zip(names, (q, k, v), strict=True):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
@@ -124,14 +138,14 @@ def check_arrays(
                 f"{name} must have at least 3 axes [*batch, length, heads, head_dim], "
                 f"got shape {tuple(x.shape)}"
             )
-        if x.dtype not in dtypes:
-            raise TypeError(f"{name} must have dtype float32, bfloat16 or float16, got {x.dtype}")
+        if x.dtype not in dtypes and not (dense and x.dtype == jnp.float64):
+            raise TypeError(f"{name} must have dtype {', '.join(others)} or {last}, got {x.dtype}")
         if x.ndim != q.ndim or x.shape[:-3] != q.shape[:-3]:
             raise ValueError(
                 f"{name} must have the batch axes of q, {tuple(q.shape[:-3])}, "
                 f"got {tuple(x.shape[:-3])} (shape {tuple(x.shape)})"
             )
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not {x.dtype, q.dtype} <= set(map(jnp.dtype, FP8_DTYPES)):
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         for axis, what in ((-2, "heads"), (-1, "head dim")):
             if x.shape[axis] == 0:
@@ -250,7 +264,13 @@ def check_pages(
     k, v = (jax.ShapeDtypeStruct((1, heads, x.shape[-1]), x.dtype) for x in (k_pages, v_pages))
     queries = jax.ShapeDtypeStruct(q.shape[-3:], q.dtype)
     names = ("q", "k_pages", "v_pages")
-    check_arrays(queries, k, v, dense=dense, names=names)
+    for name, x in zip(names, (q, k_pages, v_pages), strict=True):
+        if x.dtype in FP8_DTYPES:
+            raise UnsupportedError(
+                f"float8 pages and queries over them are not supported, got {x.dtype} for {name}; "
+                "convert them to bfloat16"
+            )
+    check_arrays(queries, k, v, dense=dense, names=names, dtypes=DTYPES)
 
 
 def static_number(name: str, x: Any, advice: str) -> float:

@@ -14,8 +14,8 @@ from jax_flashattn import _native
 
 # The version in the name is that of the operands and attributes: exported programs and XLA's
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
-FWD_TARGET = "jfa_fwd_v2"
-BWD_TARGET = "jfa_bwd_v2"
+FWD_TARGET = "jfa_fwd_v3"
+BWD_TARGET = "jfa_bwd_v3"
 SERVE_TARGET = "jfa_serve_v1"
 PAGED_TARGET = "jfa_paged_v1"
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
+from jax_flashattn import _fp8
 from jax_flashattn._explicit import per_head_like
 from jax_flashattn._primitives import bwd_p, fwd_p, tangent_p
 from jax_flashattn._sharding import to_common_vma
-from jax_flashattn._spec import DIFFERENTIABLE_AUX, PER_HEAD_AUX, AttentionSpec
+from jax_flashattn._spec import DIFFERENTIABLE_AUX, PER_HEAD_AUX, AttentionSpec, UnsupportedError
 
 # Names of the residuals for jax.checkpoint policies; q, k and v are kept beside them.
 OUT_NAME = "flash_attention_out"
@@ -42,6 +43,8 @@ def attention(
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: AttentionSpec) -> Any:
+    if _fp8.is_fp8(primals[0]):
+        raise UnsupportedError(_fp8.NO_GRADIENT_ADVICE)
     out, lse = fwd_p.bind(*primals, spec=spec)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     of_aux = dict(zip(spec.aux, tangents[3:], strict=True))

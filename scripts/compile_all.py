@@ -40,17 +40,39 @@ def _serving_variants(product: bool) -> list[tuple]:
     return decode + paged
 
 
+def _fp8_variants(product: bool) -> list[tuple]:
+    """The forward in 8-bit floats, which only Hopper has."""
+    mixes = [
+        [f"e5m2_{name}" for name, e5m2 in zip("qkv", given, strict=True) if e5m2]
+        for given in (itertools.product((False, True), repeat=3) if product else [(False,) * 3])
+    ]
+    logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
+    features = [x + y for x in logits for y in LAYOUTS] if product else [()]
+    return [
+        ("fwd", dtype, *dims, mask, ["fp8", *mix, *sums, *more], 90)
+        for dims, dtype, mask, mix, sums, more in itertools.product(
+            HEAD_DIMS[1:],
+            ("bfloat16", "float16") if product else ("bfloat16",),
+            ("full", "causal", "local"),
+            mixes,
+            ((), ("two_level",)),
+            features,
+        )
+    ]
+
+
 def _variants(product: bool) -> list[tuple]:
     dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
     logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
     features = [x + y for x in logits for y in LAYOUTS] if product else [()]
     masks = ("full", "causal", "local")
-    return [
+    plain = [
         (op, dtype, *dims, mask, [*more, *extra], arch)
         for arch, (op, extra), dims, dtype, mask, more in itertools.product(
             ARCHS, OPS, HEAD_DIMS, dtypes, masks, features
         )
-    ] + _serving_variants(product)
+    ]
+    return plain + _serving_variants(product) + _fp8_variants(product)
 
 
 def _rows(variant: tuple) -> list[tuple]:

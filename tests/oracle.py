@@ -104,10 +104,13 @@ def results(
     cu_seqlens_kv: Any = None,
     deterministic: bool = False,
     implementation: Any = None,
+    weight_dtype: Any = None,
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """`[out, lse, dq, dk, dv]` and the gradients `[B, N]` of slopes and sinks that are given.
 
-    Also what the latter are sums of, since their rounding is that of their largest term.
+    Also what the latter are sums of, since their rounding is that of their largest term. Weights
+    are rounded to `weight_dtype` for their product with v, scaled so that the largest is 13.5: as a
+    kernel's reference may lag behind, it has no reason to be a number that rounds well.
     """
     wide = np.float64 if dtype == np.float64 else np.float32
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
@@ -157,7 +160,11 @@ def results(
     denominator = total(weights, -1)[..., None] + np.exp(sink - top)
     empty = denominator == 0
     denominator = np.where(empty, np.asarray(1, dtype), denominator)
-    out = dot("bkgts,bskd->btkgd", weights / denominator, v).reshape(B, T, N, -1)
+    rounded = weights
+    if weight_dtype is not None:
+        largest = dtype(13.5)
+        rounded = (weights * largest).astype(weight_dtype).astype(dtype) / largest
+    out = dot("bkgts,bskd->btkgd", rounded / denominator, v).reshape(B, T, N, -1)
     lse = np.where(empty, np.asarray(-np.inf, dtype), top + np.log(denominator))
 
     # Backward recomputes the weights from lse, as the kernels do.

@@ -28,8 +28,6 @@ FACTORS = {
     "alibi": [[], ["alibi"]],
     "layout": [[], ["segments"], ["packed"]],
 }
-
-
 FLAGS = ("softcap", "alibi", "layout", "paged")
 # Kernels of serving have fewer factors, so a table of their own each.
 DECODE_FACTORS = {
@@ -41,6 +39,13 @@ PAGED_FACTORS = {
     "head_dims": [(64, 64), (128, 128), (256, 256), (17, 33)],
     "layout": [[], ["packed"]],
     **{name: FACTORS[name] for name in ("dtype", "mask", "softcap", "alibi")},
+}
+FP8_FACTORS = {
+    "head_dims": [*HEAD_DIMS[1:], (192, 128), (64, 128)],
+    "dtype": ["bfloat16", "float16"],
+    "sums": [[], ["two_level"]],
+    "e5m2": [[], ["e5m2_q", "e5m2_v"], ["e5m2_k"]],
+    **{name: FACTORS[name] for name in ("mask", "softcap", "alibi", "layout")},
 }
 
 
@@ -83,6 +88,18 @@ def test_compiles_and_spills_no_more_than_known(arch, part, tmp_path, monkeypatc
             assert 0 < kernel["registers"] <= 255, symbol
             # ptxas: setmaxnreg ignored, wgmma serialised.
             assert not re.findall(r"C75\d\d", kernel["log"]), symbol
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_fp8_compiles_without_spills(part, tmp_path, monkeypatch):
+    monkeypatch.setenv("JFA_CACHE_DIR", str(tmp_path))
+    for row in itertools.islice(pairwise(FP8_FACTORS), part, None, 4):
+        features = ["fp8", *row["sums"], *row["e5m2"], *row["softcap"], *row["alibi"]]
+        [kernel] = _native.cuda_warm(
+            "fwd", row["dtype"], *row["head_dims"], row["mask"], [*features, *row["layout"]], 90
+        )
+        assert kernel["local_bytes"] == 0, kernel["symbol"]
+        assert not re.findall(r"C75\d\d", kernel["log"]), kernel["symbol"]
 
 
 def test_covering_set_has_every_pair():

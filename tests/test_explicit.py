@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import oracle_fp8
 from jax_flashattn import attention, attention_varlen
 from shards import assert_same, collectives, compiled, gradients, inputs, make_mesh, put
 
@@ -106,6 +107,18 @@ def test_every_optional_array(mesh):
         assert_same(jax.jit(f)(*given, sinks, slopes, *arrays), expected)
 
 
+@pytest.mark.parametrize(("N", "K", "kv_spec"), [(8, 4, HEADS), (8, 4, BATCH), (12, 3, BATCH)])
+def test_float8(N, K, kv_spec, mesh):
+    """Scales follow their key heads, and k and v keep dtypes of their own."""
+    dtypes = (jnp.float8_e4m3fn, jnp.float8_e4m3fn, jnp.float8_e5m2)
+    q, k, v = oracle_fp8.make_inputs(4, 8, 16, 16, N, K, 16, 16, dtypes=dtypes)
+    scales = jnp.linspace(0.5, 2, 8 * K).reshape(8, K)
+    f = lambda q, k, v, s: attention(q, k, v, k_scale=s, v_scale=s)
+    expected = f(q, k, v, scales)
+    given = put(mesh, q, HEADS, k, kv_spec, v, kv_spec, scales, kv_spec[::2])
+    assert_same(jax.jit(f)(*given), expected)
+
+
 def test_packed(mesh):
     q, k, v, dout = inputs(3, 8, 32, 8, 1)
     ends = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 33, (8, 4)), axis=1))
@@ -177,7 +190,7 @@ def test_checkpoint(saved, num_forward, mesh):
         return jnp.sum(jax.lax.scan(layer, x, length=3)[0] * dout)
 
     text = compiled(jax.grad(loss), q)
-    assert len(re.findall(r'custom_call_target="jfa_fwd_v2"', text)) == num_forward
+    assert len(re.findall(r'custom_call_target="jfa_fwd_v3"', text)) == num_forward
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_no_quadratic_array(feature):
     q, k, v, _, _ = oracle.make_inputs(14, 1, 512, 768, 1, 1, 8, 8, jnp.float32)
     loss = lambda *x: attention(*x, query_offset=0, **FEATURES[feature]).sum()
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().as_text()
-    assert "jfa_bwd_v2" in text
+    assert "jfa_bwd_v3" in text
     assert "512,768" not in text and "768,512" not in text
 
 

@@ -18,7 +18,7 @@ OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
 
 def forward(*operands, out=OUT, lse=LSE, out_dtype=jnp.float32, **attributes):
     results = (jax.ShapeDtypeStruct(out, out_dtype), jax.ShapeDtypeStruct(lse, jnp.float32))
-    return jax.ffi.ffi_call("jfa_fwd_v2", results)(*operands, **{**ATTRIBUTES, **attributes})
+    return jax.ffi.ffi_call("jfa_fwd_v3", results)(*operands, **{**ATTRIBUTES, **attributes})
 
 
 def given(*names):
@@ -53,7 +53,8 @@ def test_valid_call():
         (lambda: forward(Q, K, V, soft_cap=np.float32(-1)), "soft_cap must be"),
         (lambda: forward(Q, K, V, window_left=np.int64(-2)), "window_left must be"),
         (lambda: forward(Q, K, V, sink_tokens=np.int64(-1)), "sink_tokens must be"),
-        (lambda: forward(Q, K, V, aux=np.int64(1 << 10)), "aux must be a set of 10 bits"),
+        (lambda: forward(Q, K, V, aux=np.int64(1 << 12)), "aux must be a set of 12 bits"),
+        (lambda: forward(Q, K, V, **given("v_scale")), "aux must be without scales"),
         (lambda: forward(Q, K, V, TABLE, **given("page_table")), "aux must be without page_table"),
         (lambda: forward(Q, K, V, **given("q_lengths")), "operand q_lengths is missing"),
         (
@@ -132,7 +133,7 @@ def test_bad_backward():
     scratch = jax.ShapeDtypeStruct((2, 1), jnp.float32)
     out, lse = jnp.zeros(OUT), jnp.zeros(LSE)
     attributes = {**ATTRIBUTES, "has_dlse": np.bool_(False)}
-    call = jax.ffi.ffi_call("jfa_bwd_v2", (*results, scratch))
+    call = jax.ffi.ffi_call("jfa_bwd_v3", (*results, scratch))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"scratch must be float32\[2, "):
         jax.block_until_ready(call(Q, K, V, out, lse, out, **attributes))
     with pytest.raises(jax.errors.JaxRuntimeError, match="operand dout is missing"):

@@ -80,7 +80,9 @@ enum AuxBit : int64_t {
   kCuSeqlensQ = 1 << 7,
   kCuSeqlensKv = 1 << 8,
   kPageTable = 1 << 9,
-  kAllAux = (1 << 10) - 1,
+  kQkScale = 1 << 10,
+  kVScale = 1 << 11,
+  kAllAux = (1 << 12) - 1,
 };
 
 // What all handlers have, in this order.
@@ -228,7 +230,9 @@ void CheckAttributes(const Attributes& a, Keys keys, Checker& check) {
   expect(a.window_left >= -1, "window_left", "at least -1", a.window_left);
   expect(a.window_right >= -1, "window_right", "at least -1", a.window_right);
   expect(a.sink_tokens >= 0, "sink_tokens", "at least 0", a.sink_tokens);
-  expect((a.aux & ~int64_t{kAllAux}) == 0, "aux", "a set of 10 bits", a.aux);
+  expect((a.aux & ~int64_t{kAllAux}) == 0, "aux", "a set of 12 bits", a.aux);
+  expect((a.aux & (kQkScale | kVScale)) == 0, "aux", "without scales: inputs are dequantized",
+         a.aux);
   expect(a.Has(kQSegmentIds) == a.Has(kKvSegmentIds), "aux",
          "with segment ids of both sides or of none", a.aux);
   if (keys == Keys::kPaged) {

@@ -32,6 +32,13 @@ struct LogitMap {
     }
   }
 
+  // One more positive factor of the scores, such as those of 8-bit floats.
+  JFA_DEVICE void ScaleScores(float factor) {
+    float& scale = kSoftcap ? inner : outer;
+    // Never 0, which would make NaN of a hidden logit.
+    scale = fmaxf(scale * factor, kLeastScale);
+  }
+
   // The factor that turns what Apply leaves into log2 units.
   JFA_DEVICE float Scale() const { return kAlibi ? 1.f : outer; }
 
@@ -48,6 +55,7 @@ struct LogitMap {
  private:
   // Positions beyond any length are cut, so that their sums stay inside int.
   static constexpr int kFar = (1 << 30) - 1;
+  static constexpr float kLeastScale = 1e-37f;
 };
 
 // For backward: a weight, recomputed, and the derivative of its logit by scale * score.

@@ -63,6 +63,9 @@ struct FwdParams {
   PagesArg pages;
   const float* sinks;  // [batch, num_heads], natural logits
   float* lse;          // [batch, num_heads, q_len], natural log
+  // 8-bit floats only: factors of the scores and of the output.
+  const float* qk_scales;  // [batch, num_kv_heads]
+  const float* v_scales;   // [batch, num_kv_heads]
 };
 
 // A CUtensorMap of the driver, which the copy engine reads from the kernel's parameters.

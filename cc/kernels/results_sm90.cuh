@@ -37,8 +37,9 @@ struct ResultsSm90 {
   }
 
   // Returns the factors of this lane's two rows of output.
+  template <class Softmax>
   static JFA_DEVICE float2 StoreLse(const FwdSm90Params& params, const Tile& tile,
-                                    const OnlineSoftmax<1>& softmax) {
+                                    const Softmax& softmax) {
     const ProblemParams& problem = params.fwd.problem;
     const Sequence& sequence = tile.sequence;
     float* lse = params.fwd.lse + LseRow(problem, tile.batch, tile.head) + sequence.q_begin;

@@ -2,9 +2,10 @@
 //
 // Weights are exp2(s * scale - reference), one FFMA and one EX2 per element. The reference is the
 // row's maximum, but not always the latest: it is replaced only when a block exceeds it by more
-// than kSlack (in log2 units). Any reference gives the same weights after normalisation, and
+// than kLimit (in log2 units). Any reference gives the same weights after normalisation, and
 // exp2(8) leaves both f16 and f32 far from overflow; so after the first blocks nearly no block
-// needs the exchange between lanes and the rescaling of the output.
+// needs the exchange between lanes and the rescaling of the output. Weights that become 8-bit
+// floats have little room for slack, and want their largest near the top of the type's range: kTop.
 #ifndef JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_SOFTMAX_CUH_
 
@@ -32,11 +33,13 @@ JFA_DEVICE RowResult FinishRow(float total, float neg_reference, float sink) {
   return {factor * Reciprocal(with_sink), kLn2 * (Log2(with_sink) + reference)};
 }
 
-// For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block.
-template <int kM>
+// For kM blocks of 16 rows per warp; each lane has the rows l / 4 and l / 4 + 8 of each block. A
+// new reference gives its row's largest weight 2^kTop_, of 2^8 at most.
+template <int kM, int kTop_ = 0>
 struct OnlineSoftmax {
   static constexpr int kRows = 2 * kM;
-  static constexpr float kSlack = 8.f;
+  static constexpr float kTop = kTop_;
+  static constexpr float kLimit = 8.f;
 
   // Minus the reference of a row that has seen nothing yet: far below any logit, but finite, so
   // that such a row needs no special case (hidden logits weigh 0, and its first key raises it).
@@ -62,7 +65,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       highest[r] = Highest(s, r);
-      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kSlack;
+      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kLimit;
     }
     if (__any_sync(kFullWarp, exceeds)) {
 #pragma unroll
@@ -79,12 +82,18 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       highest[r] = Highest(s, r);
-      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kSlack;
+      exceeds |= fmaf(highest[r], scale, neg_reference[r]) > kLimit;
     }
     if (!__any_sync(kFullWarp, exceeds)) return false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) factor[r] = RaiseReference(r, QuadMax(highest[r]));
     return true;
+  }
+  // The same where it is known that a new reference is needed.
+  template <int kN>
+  JFA_DEVICE void Raise(const float (&s)[kM][kN][4], float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) factor[r] = RaiseReference(r, QuadMax(Highest(s, r)));
   }
   template <int kOut>
   static JFA_DEVICE void Rescale(float (&out)[kM][kOut][4], const float (&factor)[kRows]) {
@@ -116,8 +125,8 @@ struct OnlineSoftmax {
 
   // Returns the factor of what was summed under the old reference.
   JFA_DEVICE float RaiseReference(int r, float highest) {
-    const bool raise = fmaf(highest, scale, neg_reference[r]) > 0.f;
-    const float neg_new = raise ? -highest * scale : neg_reference[r];
+    const bool raise = fmaf(highest, scale, neg_reference[r]) > kTop;
+    const float neg_new = raise ? fmaf(-highest, scale, kTop) : neg_reference[r];
     const float factor = Exp2(neg_new - neg_reference[r]);
     neg_reference[r] = neg_new;
     sum[r] *= factor;

@@ -1,0 +1,74 @@
+"""The references of `oracle` for 8-bit inputs: what they hold is exact, weights are rounded.
+
+The twin computes in float32, and rounds the weights to e4m3 and the output to its dtype.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import oracle
+from jax_flashattn import attention, attention_varlen
+from tolerances import assert_close
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+DTYPES = (E4M3, E5M2)
+MIXES = [(a, b, c) for a in DTYPES for b in DTYPES for c in DTYPES]
+OWN_OPTIONS = ("q_scale", "k_scale", "v_scale", "out_dtype", "fp8_accumulation")
+
+
+def make_inputs(seed: int, *sizes: int, dtypes: Any = (E4M3,) * 3):
+    """q, k and v."""
+    inputs = oracle.make_inputs(seed, *sizes, np.float32)
+    return tuple(x.astype(dtype) for x, dtype in zip(inputs, dtypes, strict=False))
+
+
+@partial(jax.jit, static_argnames="options")
+def run(q, k, v, arrays, options):
+    """Output and log-sum-exp by the package."""
+    function = attention_varlen if "cu_seqlens_q" in arrays else attention
+    return function(q, k, v, return_lse=True, **dict(options), **arrays)
+
+
+def wide(x: Any, scale: Any) -> np.ndarray:
+    """What an 8-bit input means, in float64."""
+    scale = np.asarray(1.0 if scale is None else scale, np.float32).astype(np.float64)
+    return np.asarray(x).astype(np.float64) * (scale[:, None, :, None] if scale.ndim else scale)
+
+
+def check(q, k, v, *, poison=None, **options) -> None:
+    """Compares the package with the references.
+
+    Args:
+      q: 8-bit queries; k, v likewise.
+      k: keys.
+      v: values.
+      poison: maps (q, k, v, dout) to what the package gets instead.
+      **options: arguments of `attention`, or of `attention_varlen` if `cu_seqlens_q` is there.
+    """
+    K, group = k.shape[2], q.shape[2] // k.shape[2]
+    q_scale = options.get("q_scale")
+    if np.ndim(q_scale):
+        q_scale = np.repeat(np.asarray(q_scale), group, axis=-1)
+        assert q_scale.shape[-1] == K * group
+    meant = (
+        wide(q, q_scale),
+        wide(k, options.get("k_scale")),
+        wide(v, options.get("v_scale")),
+        np.zeros((*q.shape[:3], v.shape[-1])),
+        np.zeros((q.shape[0], q.shape[2], q.shape[1])),
+    )
+    others = {name: x for name, x in options.items() if name not in OWN_OPTIONS}
+    exact = oracle.results(np.float64, *meant, **others)[0][:2]
+    twin = oracle.results(np.float32, *meant, **others, weight_dtype=E4M3)[0][:2]
+    given = (q, k, v) if poison is None else poison(q, k, v, q)[:3]
+    arrays = {k: x for k, x in options.items() if oracle._is_array(x)}
+    got = run(*given, arrays, tuple((k, x) for k, x in options.items() if k not in arrays))
+    dtype = jnp.dtype(options.get("out_dtype") or jnp.bfloat16)
+    for name, x, reference, low in zip(("out", "lse"), got, exact, twin, strict=True):
+        assert x.dtype == (dtype if name == "out" else jnp.float32), name
+        rounded = low.astype(dtype) if name == "out" else low
+        assert_close(x, reference, rounded, dtype=dtype, what=name)
