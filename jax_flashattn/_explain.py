@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jax_flashattn import _fp8, _lowering_cuda, _native, _prepare
+from jax_flashattn import _fp8, _lowering_cuda, _lowering_serve, _native, _prepare
 from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 
@@ -79,6 +79,9 @@ def explain(
     _lowering_cuda.check_supported(q, v)
     ops = ("fwd",) if _fp8.is_fp8(q) else ("fwd", "bwd")
     variants = [_lowering_cuda.variant(spec, op, q, k, v) for op in ops]
+    if _lowering_serve.decodes(q, v, k.shape[-2], spec):
+        rows = q.shape[-3] * (q.shape[-2] // k.shape[-2])
+        variants[0] = _lowering_cuda.variant(spec, "decode", q, k, v, rows=rows)
     if arch is None:
         arch = _lowering_cuda.device_archs()[0]
     kernels = []

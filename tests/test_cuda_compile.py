@@ -211,3 +211,15 @@ def test_kernel_not_cached_error(tmp_path, monkeypatch):
     f = jax.jit(lambda *x: attention(*x, is_causal=True, query_offset=0))
     with pytest.raises(KernelNotCachedError, match=r"jfa_fwd_sm80_bf16_d64_causal .*warmup"):
         f.trace(*shapes()).lower(lowering_platforms=("cuda",))
+
+
+def test_explain_shows_decoding():
+    q, k = (
+        jax.ShapeDtypeStruct((2, n, heads, 128), jnp.bfloat16) for n, heads in ((1, 8), (999, 2))
+    )
+    explanation = explain(q, k, k, platform="cuda", arch=90)
+    assert [kernel["symbol"] for kernel in explanation.kernels[:2]] == [
+        "jfa_decode_sm90_bf16_d128_full_r16",
+        "jfa_decode_combine_bf16_r16",
+    ]
+    assert explanation.variants[0]["rows"] == 4

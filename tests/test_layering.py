@@ -17,7 +17,7 @@ PYTHON = {
     "_bench_features": {"_api", "_timing"},
     "_timing": set(),
     "_api": {"_prepare", "_reference", "_spec", "_vjp"},
-    "_explain": {"_fp8", "_lowering_cuda", "_native", "_prepare", "_spec"},
+    "_explain": {"_fp8", "_lowering_cuda", "_lowering_serve", "_native", "_prepare", "_spec"},
     "_serving": {"_api", "_kv_cache", "_paged", "_prepare", "_reference", "_spec"},
     "_kv_cache": {"_prepare", "_reference", "_spec"},
     "_page_allocator": set(),
