@@ -36,6 +36,8 @@ def run_tests() -> dict:
         subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-c", "../pyproject.toml", "--rootdir", ".."),
+                # pytest-benchmark, where it is, warns beside xdist, and warnings are errors.
+                *("-p", "no:benchmark"),
                 *("-q", "-m", "multi_gpu", "-n", "4", "--gpu-report", str(report)),
                 *("test_sharding.py", "test_explicit.py"),
             ],

@@ -161,7 +161,7 @@ def test_unsupported():
         plan(features=["dropout"])
 
 
-def shapes(T=5, S=7, H=64):
+def shapes(T=500, S=700, H=64):
     return [jax.ShapeDtypeStruct((2, n, 4, H), jnp.bfloat16) for n in (T, S, S)]
 
 
