@@ -91,7 +91,8 @@ def _round_weights(weights: np.ndarray, visible: np.ndarray, position: np.ndarra
     highest = weights.max(axis=-1, keepdims=True)
     in_first = (weights == highest) & (block == block.max(axis=-1, keepdims=True))
     largest = np.where(in_first.any(axis=-1, keepdims=True), 16, 13.5).astype(weights.dtype)
-    factor = largest / np.where(highest > 0, highest, 1)
+    # Sinks may leave next to nothing.
+    factor = largest / np.maximum(highest, np.finfo(weights.dtype).tiny * 2.0**10)
     return (weights * factor).astype(dtype).astype(weights.dtype) / factor
 
 

@@ -43,9 +43,13 @@ def rows_alike(out: np.ndarray) -> list[np.ndarray]:
     """Masks `[B, T, N]` of the rows whose largest output is of one power of two.
 
     Rows that see few keys are large, and so are their errors, which must not hide those of others.
+    What is tiny beside the largest, or even too small for a normal number, counts to those; zeros
+    are on their own.
     """
     size = np.abs(out).max(axis=-1)
-    exponent = np.where(size == 0, -9999, np.frexp(size)[1])
+    largest = size.max(initial=0)
+    exponent = np.frexp(np.where(size < largest * 2.0**-14, largest, size))[1]
+    exponent = np.where(size == 0, -9999, exponent)
     return [exponent == x for x in np.unique(exponent)]
 
 
