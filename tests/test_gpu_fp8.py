@@ -7,7 +7,6 @@ import pytest
 import draws
 import oracle_fp8
 from jax_flashattn import attention
-from test_attention import poison_padding
 from test_fp8 import NAMES, per_head
 
 pytestmark = pytest.mark.gpu
@@ -47,13 +46,13 @@ def test_dtypes(dtypes):
 def test_padding_never_leaks(H, is_causal):
     q_lengths = np.array([0, 1, 63, 64, 65, 150, 999, -4], np.int32)
     kv_lengths = np.array([170, 0, 64, 1, 129, 170, 2**31 - 1, 20], np.int32)
+    lengths = dict(query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths)
     oracle_fp8.check(
         *oracle_fp8.make_inputs(3, 8, 150, 170, 2, 1, H, 64),
-        poison=poison_padding(q_lengths, kv_lengths, np.nan),
+        poison=draws.poison(lengths, np.nan),
         is_causal=is_causal,
         query_offset=0,
-        query_seq_lengths=q_lengths,
-        key_value_seq_lengths=kv_lengths,
+        **lengths,
     )
 
 
