@@ -80,6 +80,22 @@ def _visible(
     return mask
 
 
+def _round_weights(weights: np.ndarray, visible: np.ndarray, position: np.ndarray, dtype: Any):
+    """Weights `[B, K, G, T, S]` as a kernel rounds them that visits keys from right to left.
+
+    It scales a row by a reference: 2^4 for the largest weight when that is in the first block that
+    it visits, whose size is a multiple of 32. Else the reference may lag behind, and the largest
+    weight is any number up to 2^8: one here that rounds badly.
+    """
+    block = np.where(visible, position[:, None, None, None, :] // 32, -1)
+    highest = weights.max(axis=-1, keepdims=True)
+    in_first = (weights == highest) & (block == block.max(axis=-1, keepdims=True))
+    largest = np.where(in_first.any(axis=-1, keepdims=True), 16, 13.5).astype(weights.dtype)
+    # Sinks may leave next to nothing.
+    factor = largest / np.maximum(highest, np.finfo(weights.dtype).tiny * 2.0**10)
+    return (weights * factor).astype(dtype).astype(weights.dtype) / factor
+
+
 @partial(np.errstate, all="ignore")()
 def results(
     dtype: Any,
@@ -109,8 +125,7 @@ def results(
     """`[out, lse, dq, dk, dv]` and the gradients `[B, N]` of slopes and sinks that are given.
 
     Also what the latter are sums of, since their rounding is that of their largest term. Weights
-    are rounded to `weight_dtype` for their product with v, scaled so that the largest is 13.5: as a
-    kernel's reference may lag behind, it has no reason to be a number that rounds well.
+    are rounded to `weight_dtype` for their product with v.
     """
     wide = np.float64 if dtype == np.float64 else np.float32
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
@@ -162,8 +177,7 @@ def results(
     denominator = np.where(empty, np.asarray(1, dtype), denominator)
     rounded = weights
     if weight_dtype is not None:
-        largest = dtype(13.5)
-        rounded = (weights * largest).astype(weight_dtype).astype(dtype) / largest
+        rounded = _round_weights(weights, x > -np.inf, keys.position, weight_dtype)
     out = dot("bkgts,bskd->btkgd", rounded / denominator, v).reshape(B, T, N, -1)
     lse = np.where(empty, np.asarray(-np.inf, dtype), top + np.log(denominator))
 

@@ -39,6 +39,20 @@ def wide(x: Any, scale: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float64) * (scale[:, None, :, None] if scale.ndim else scale)
 
 
+def rows_alike(out: np.ndarray) -> list[np.ndarray]:
+    """Masks `[B, T, N]` of the rows whose largest output is of one power of two.
+
+    Rows that see few keys are large, and so are their errors, which must not hide those of others.
+    What is tiny beside the largest, or even too small for a normal number, counts to those; zeros
+    are on their own.
+    """
+    size = np.abs(out).max(axis=-1)
+    largest = size.max(initial=0)
+    exponent = np.frexp(np.where(size < largest * 2.0**-14, largest, size))[1]
+    exponent = np.where(size == 0, -9999, exponent)
+    return [exponent == x for x in np.unique(exponent)]
+
+
 def check(q, k, v, *, poison=None, **options) -> None:
     """Compares the package with the references.
 
@@ -71,4 +85,6 @@ def check(q, k, v, *, poison=None, **options) -> None:
     for name, x, reference, low in zip(("out", "lse"), got, exact, twin, strict=True):
         assert x.dtype == (dtype if name == "out" else jnp.float32), name
         rounded = low.astype(dtype) if name == "out" else low
-        assert_close(x, reference, rounded, dtype=dtype, what=name)
+        for rows in rows_alike(reference) if name == "out" else [...]:
+            of_rows = (np.asarray(y)[rows] for y in (x, reference, rounded))
+            assert_close(*of_rows, dtype=dtype, what=name)

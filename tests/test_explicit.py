@@ -190,7 +190,9 @@ def test_checkpoint(saved, num_forward, mesh):
         return jnp.sum(jax.lax.scan(layer, x, length=3)[0] * dout)
 
     text = compiled(jax.grad(loss), q)
-    assert len(re.findall(r'custom_call_target="jfa_fwd_v3"', text)) == num_forward
+    # So few queries are decoded on a GPU.
+    forward = r'custom_call_target="jfa_(fwd_v3|serve_v1)"'
+    assert len(re.findall(forward, text)) == num_forward
 
 
 @pytest.mark.parametrize(
