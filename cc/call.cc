@@ -75,18 +75,9 @@ class Reader {
     return Expect("result ", name, x, dtype, dims);
   }
 
-  // The last operand but `after`, wherever reading stands.
-  const Tensor& LastArg(size_t after) const {
-    static const Tensor kNone{};
-    return args_.size <= after || args_.size > args_.items.size()
-               ? kNone
-               : args_.items[args_.size - 1 - after];
-  }
-
-  const Tensor& LastRet() const {
-    static const Tensor kNone{};
-    return rets_.size == 0 || rets_.size > rets_.items.size() ? kNone : rets_.items[rets_.size - 1];
-  }
+  // The last operand but `after`, and the last result, wherever reading stands.
+  const Tensor& LastArg(size_t after) const { return Last(args_, after); }
+  const Tensor& LastRet() const { return Last(rets_, 0); }
 
   void ExpectEnd() {
     if (args_.size != next_arg_) {
@@ -121,6 +112,12 @@ class Reader {
   const Status& status() const { return status_; }
 
  private:
+  static const Tensor& Last(const TensorList& list, size_t after) {
+    static const Tensor kNone{};
+    return list.size <= after || list.size > list.items.size() ? kNone
+                                                               : list.items[list.size - 1 - after];
+  }
+
   Tensor NextArg(const char* name) { return Next("operand ", name, args_, &next_arg_); }
 
   Tensor Next(const char* kind, const char* name, const TensorList& list, size_t* next) {

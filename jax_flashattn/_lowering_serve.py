@@ -17,7 +17,7 @@ from jax.interpreters import mlir
 from jax_flashattn import _fp8, _lowering_cuda, _native
 from jax_flashattn._calls import Primitive, attributes
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec
+from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, page_axes
 from jax_flashattn._targets import SERVE_TARGET
 
 # Up to here the rows of one key head, or the tokens, are few: reading keys is what costs.
@@ -99,8 +99,8 @@ def paged(
     """`paged_p`: decoding, or the forward kernel for long chunks and packed batches."""
     _lowering_cuda.check_supported(q, v)
     B, T, N, H = q.shape
-    heads_axis = _PAGE_MEMORY[layout].index("k")
-    K, page_size = k.shape[heads_axis], k.shape[3 - heads_axis]
+    token_axis, heads_axis = page_axes(layout)
+    K, page_size = k.shape[heads_axis], k.shape[token_axis]
     G = N // K
     rows = T * G if decodes(q, v, K, spec) else 0
     op = "decode" if rows else "fwd"
@@ -193,6 +193,7 @@ def _lower_serve(
     layout: str | None,
     scratch: int,
 ) -> Any:
+    split = True
     if layout is None:
         inputs = [("bkgth", "btkgh"), ("bksh", "bskh"), ("bksd", "bskd")]
         for name in spec.aux:
@@ -202,12 +203,13 @@ def _lower_serve(
     else:
         memory = _PAGE_MEMORY[layout]
         table_axis = ctx.avals_in[3 + spec.aux.index("page_table")].shape[0]
-        heads = "k" if table_axis == ctx.avals_in[0].shape[0] else "o"
+        split = table_axis == ctx.avals_in[0].shape[0]
+        heads = "k" if split else "o"
         inputs = [("kbgth", "btkgh"), ("kpsh", memory + "h"), ("kpsd", memory + "d")]
         inputs += [_aux_axes(name, spec, heads) for name in spec.aux]
         results = [("kbgtd", "btkgd"), ("kbgt", "bkgt"), ("kbx", "bkx")]
     partition = {}
-    if "o" not in inputs[-1][0]:
+    if split:
         axes = [x for x, _ in inputs], [x for x, _ in results]
         partition = partition_attributes(ctx, *axes, 2 if layout is None else 1)
     q, _, v = ctx.avals_in[:3]

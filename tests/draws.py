@@ -112,6 +112,14 @@ def draw(
     return inputs, {name: x for name, x in options.items() if x is not None}
 
 
+def check_seed(seed: int, sizes: Sequence[Any]) -> None:
+    """Checks the call that a seed draws; `sizes` are pairs of sizes and a dtype."""
+    choose = from_seed(seed)
+    size, dtype = choose(sizes)
+    inputs, options = draw(choose, sizes=[size], dtypes=[dtype])
+    oracle.check(*inputs, poison=poison(options, choose([np.nan, np.inf])), **options)
+
+
 def poison(options: dict[str, Any], value: float) -> Callable[..., Any]:
     """What `oracle.check` takes: puts `value` into all padding of q, k, v and dout."""
 

@@ -97,6 +97,26 @@ def check(q, k, v, lengths, cache: PagedKVCache, *, cu_seqlens_q=None, **options
         assert_close(x[None] if packed else x, reference, low, dtype=q.dtype, what=name)
 
 
+def check_clamped(q, k, v, **options) -> None:
+    """Page numbers and lengths of any value give what those clamped into range give, bit by bit.
+
+    Three sequences of 64 keys.
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    cache = make_cache(np.asarray(k), np.asarray(v), [64] * 3, page_size=8, max_pages=8)
+    k_pages, v_pages = (jnp.nan_to_num(x) for x in (cache.k_pages, cache.v_pages))
+    wild = np.array([[-1, 10**9] * 4, [2**31 - 1, -(2**31)] * 4, [0, 1, 2, 3, 4, 5, 6, 27]])
+    table, lengths = jnp.asarray(wild, jnp.int32), jnp.array([2**31 - 1, 64, -5], jnp.int32)
+    tame = jnp.clip(table, 0, cache.num_pages - 1), jnp.clip(lengths, 0, 64)
+    call = jax.jit(
+        lambda table, lengths: paged_attention(
+            q, PagedKVCache(k_pages, v_pages, table, lengths), return_lse=True, **options
+        )
+    )
+    for x, y in zip(call(table, lengths), call(*tame), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
 def _options(choose: Any, T: int, N: int, S: int, rng: np.random.Generator) -> dict[str, Any]:
     maybe = lambda f: f() if choose([False, True]) else None
     is_causal = choose([True, True, False])
