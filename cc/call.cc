@@ -165,6 +165,10 @@ std::string CheckAttributes(Target target, const Attributes& a) {
   if (a.fp8 < 0 || a.fp8 > kAllFp8 || (a.fp8 != 0 && (a.fp8 & kFp8) == 0)) {
     return got("fp8", "0 or an odd number below 32", a.fp8);
   }
+  if (a.schedule < 0 || a.schedule > 2) return got("schedule", "0, 1 or 2", a.schedule);
+  if (a.sm_margin < 0) return got("sm_margin", "at least 0", a.sm_margin);
+  if (a.sm_margin > 0 && a.schedule == 1) return got("sm_margin", "0 with a grid", a.sm_margin);
+  if (a.kv_len < 0) return got("kv_len", "at least 0", a.kv_len);
   if (a.fp8 != 0 && target != Target::kFwd) return got("fp8", "0 but in forward", a.fp8);
   if (a.fp8 == 0 && (a.aux & (kQkScale | kVScale)) != 0) {
     return got("aux", "without scales unless inputs are of 8 bits", a.aux);
@@ -421,6 +425,8 @@ Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   variant->two_level = (attrs.fp8 & kTwoLevel) != 0;
   variant->paged = attrs.Has(kPageTable) && variant->op == Op::kFwd;
   variant->rows = attrs.rows;
+  variant->keys = LengthOf(attrs.kv_len);
+  variant->schedule = static_cast<Schedule>(attrs.schedule);
   return ForcedFamily(&variant->family);
 }
 
@@ -452,6 +458,10 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     call->sizes.head_dim_v = Hv;
     call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
   } else if (target == Target::kFwd) {
+    if (attrs.kv_len != 0 && attrs.kv_len != S) {
+      reader.Fail("attribute kv_len must be 0 or the length of k, " + std::to_string(S) + ", got " +
+                  std::to_string(attrs.kv_len));
+    }
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextRet("lse", ElementType::kF32, {B, K, G, T});

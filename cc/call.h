@@ -76,6 +76,10 @@ struct Attributes {
   int64_t arch;
   // Forward; 0 in backward.
   int64_t fp8 = 0;
+  // Forward only.
+  int64_t schedule = 0;   // Schedule of plan.h
+  int64_t kv_len = 0;     // S, for the choice of tiles; 0: unknown
+  int64_t sm_margin = 0;  // forward and serve: multiprocessors left to others
   // Backward only.
   bool deterministic = false;
   bool has_dlse = false;

@@ -276,6 +276,7 @@ Status Execute(Target target, const Attributes& attrs, driver::CuStream stream, 
   JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
   int multiprocessors;
   JFA_RETURN_IF_ERROR(driver::DeviceMultiprocessors(ordinal, &multiprocessors));
+  multiprocessors = static_cast<int>(std::max<int64_t>(multiprocessors - attrs.sm_margin, 1));
   switch (call.variant.op) {
     case Op::kFwd:
       return LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream);
@@ -324,11 +325,15 @@ Attributes CommonAttributes(float scale, float soft_cap, bool is_causal, int64_t
 Attributes FwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                          int64_t window_left, int64_t window_right, int64_t sink_tokens,
                          int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                         int64_t arch, int64_t fp8) {
+                         int64_t arch, int64_t fp8, int64_t schedule, int64_t sm_margin,
+                         int64_t kv_len) {
   Attributes attrs =
       CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
                        sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
   attrs.fp8 = fp8;
+  attrs.schedule = schedule;
+  attrs.sm_margin = sm_margin;
+  attrs.kv_len = kv_len;
   return attrs;
 }
 
@@ -338,8 +343,9 @@ Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
                          int64_t arch, int64_t fp8, bool deterministic, bool has_dlse,
                          bool has_dslopes) {
   Attributes attrs =
-      FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
+      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+  attrs.fp8 = fp8;
   attrs.deterministic = deterministic;
   attrs.has_dlse = has_dlse;
   attrs.has_dslopes = has_dslopes;
@@ -349,12 +355,13 @@ Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
 Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                           int64_t arch, int64_t rows, bool heads_first) {
+                           int64_t arch, int64_t rows, bool heads_first, int64_t sm_margin) {
   Attributes attrs =
       CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
                        sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
   attrs.rows = rows;
   attrs.heads_first = heads_first;
+  attrs.sm_margin = sm_margin;
   return attrs;
 }
 
@@ -410,12 +417,17 @@ auto BindCommonAttributes(Binding&& binding) {
 
 template <typename Binding>
 auto BindFwdAttributes(Binding&& binding) {
-  return BindCommonAttributes(std::forward<Binding>(binding)).template Attr<int64_t>("fp8");
+  return BindCommonAttributes(std::forward<Binding>(binding))
+      .template Attr<int64_t>("fp8")
+      .template Attr<int64_t>("schedule")
+      .template Attr<int64_t>("sm_margin")
+      .template Attr<int64_t>("kv_len");
 }
 
 template <typename Binding>
 auto BindBwdAttributes(Binding&& binding) {
-  return BindFwdAttributes(std::forward<Binding>(binding))
+  return BindCommonAttributes(std::forward<Binding>(binding))
+      .template Attr<int64_t>("fp8")
       .template Attr<bool>("deterministic")
       .template Attr<bool>("has_dlse")
       .template Attr<bool>("has_dslopes");
@@ -425,7 +437,8 @@ template <typename Binding>
 auto BindServeAttributes(Binding&& binding) {
   return BindCommonAttributes(std::forward<Binding>(binding))
       .template Attr<int64_t>("rows")
-      .template Attr<bool>("heads_first");
+      .template Attr<bool>("heads_first")
+      .template Attr<int64_t>("sm_margin");
 }
 
 auto BindInstantiate() { return ffi::Ffi::BindInstantiate(); }

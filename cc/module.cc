@@ -31,7 +31,7 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 
 nb::dict CpuHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v3"] = Capsule(jfa::cpu::FwdExecute);
+  handlers["jfa_fwd_v4"] = Capsule(jfa::cpu::FwdExecute);
   handlers["jfa_bwd_v3"] = Capsule(jfa::cpu::BwdExecute);
   handlers["jfa_paged_v1"] = Capsule(jfa::cpu::PagedExecute);
   return handlers;
@@ -48,11 +48,11 @@ nb::dict Stages(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* initialize,
 
 nb::dict CudaHandlers() {
   nb::dict handlers;
-  handlers["jfa_fwd_v3"] =
+  handlers["jfa_fwd_v4"] =
       Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
   handlers["jfa_bwd_v3"] =
       Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
-  handlers["jfa_serve_v1"] =
+  handlers["jfa_serve_v2"] =
       Stages(jfa::CudaServeInstantiate, jfa::CudaServeInitialize, jfa::CudaServeExecute);
   return handlers;
 }
@@ -73,9 +73,10 @@ void Raise(const jfa::Status& status) {
 // "bfloat16", mask "full", "causal" or "local", features by the names of Variant's flags.
 jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head_dim,
                        int head_dim_v, const std::string& mask,
-                       const std::vector<std::string>& features, int64_t rows) {
+                       const std::vector<std::string>& features, int64_t rows, int64_t kv_len) {
   jfa::Variant variant{};
   variant.rows = rows;
+  variant.keys = jfa::LengthOf(kv_len);
   variant.op = op == "bwd" ? jfa::Op::kBwd : op == "decode" ? jfa::Op::kDecode : jfa::Op::kFwd;
   variant.dtype = dtype == "float16" ? jfa::DType::kF16 : jfa::DType::kBF16;
   variant.head_dim = head_dim;
@@ -91,6 +92,10 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
       {"two_level", &variant.two_level}, {"e5m2_q", &variant.e5m2_q},
       {"e5m2_k", &variant.e5m2_k},       {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {
+    if (feature == "grid" || feature == "persistent") {
+      variant.schedule = feature == "grid" ? jfa::Schedule::kGrid : jfa::Schedule::kPersistent;
+      continue;
+    }
     const auto flag = std::find_if(std::begin(flags), std::end(flags),
                                    [&](const auto& known) { return feature == known.first; });
     if (flag == std::end(flags)) throw std::invalid_argument("unknown feature " + feature);
@@ -117,12 +122,14 @@ nb::dict ToDict(const jfa::jit::Result& result) {
 
 nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
                  const std::string& mask, const std::vector<std::string>& features, int arch,
-                 int64_t rows) {
-  const jfa::Plan plan =
-      jfa::MakePlan(ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows), arch);
+                 int64_t rows, int64_t kv_len) {
+  const jfa::Variant variant =
+      ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows, kv_len);
+  const jfa::Plan plan = jfa::MakePlan(variant, arch);
   nb::dict dict;
   nb::list kernels;
-  for (const jfa::KernelSpec& kernel : plan.kernels) {
+  for (size_t i = 0; i < plan.kernels.size(); ++i) {
+    const jfa::KernelSpec& kernel = plan.kernels[i];
     nb::dict config;
     for (const auto& [name, value] : kernel.config) config[name.c_str()] = value;
     nb::dict row;
@@ -131,6 +138,8 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
     row["config"] = config;
     row["threads"] = kernel.threads;
     row["smem_bytes"] = kernel.smem_bytes;
+    row["schedule"] =
+        jfa::StaysOnMultiprocessors(plan, static_cast<int>(i), variant) ? "persistent" : "grid";
     // Without NVRTC, whose version is part of it, there is no key.
     std::string key;
     row["key"] = nb::none();
@@ -146,14 +155,25 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
   return dict;
 }
 
+// CTAs of a dense forward call's kernel.
+uint32_t ForwardCtas(int head_dim, const std::string& mask,
+                     const std::vector<std::string>& features, int arch, int64_t num_heads,
+                     int64_t q_len, int64_t kv_len, int multiprocessors) {
+  const jfa::Variant variant =
+      ToVariant("fwd", "bfloat16", head_dim, head_dim, mask, features, 0, kv_len);
+  const jfa::Plan plan = jfa::MakePlan(variant, arch);
+  if (!plan.error.empty()) throw std::invalid_argument(plan.error);
+  return jfa::MakeGrid(plan, 0, variant, {1, num_heads, 1, q_len, kv_len, 0}, multiprocessors).x;
+}
+
 nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
               const std::string& mask, const std::vector<std::string>& features, int arch,
-              int64_t rows) {
+              int64_t rows, int64_t kv_len) {
   std::vector<jfa::jit::Result> results;
   {
     nb::gil_scoped_release release;
-    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows), arch,
-                         &results));
+    Raise(jfa::jit::Warm(ToVariant(op, dtype, head_dim, head_dim_v, mask, features, rows, kv_len),
+                         arch, &results));
   }
   nb::list list;
   for (const auto& result : results) list.append(ToDict(result));
@@ -254,10 +274,13 @@ NB_MODULE(_native, m) {
   m.def("cuda_slope_partials", &jfa::SlopePartials, nb::arg("kv_len"), nb::arg("num_sequences"));
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),
-        nb::arg("rows") = 0);
+        nb::arg("rows") = 0, nb::arg("kv_len") = 0);
+  m.def("cuda_forward_ctas", &ForwardCtas, nb::arg("head_dim"), nb::arg("mask"),
+        nb::arg("features"), nb::arg("arch"), nb::arg("num_heads"), nb::arg("q_len"),
+        nb::arg("kv_len"), nb::arg("multiprocessors"));
   m.def("cuda_warm", &Warm, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),
-        nb::arg("rows") = 0);
+        nb::arg("rows") = 0, nb::arg("kv_len") = 0);
 
   m.def("jit_compile_source", &CompileSource, nb::arg("symbol"), nb::arg("source"),
         nb::arg("arch_name"));

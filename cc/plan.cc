@@ -130,6 +130,7 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
 bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
   if (arch != 90 || !common.aligned || variant.family == Family::kSm80) return false;
   if (variant.family == Family::kSm90) return true;
+  if (variant.schedule == Schedule::kPersistent) return true;  // the only one that has it
   const int size = std::max(common.head_dim, common.head_dim_v);
   return size > 64 || (size == 64 && !variant.packed && !variant.segments);
 }
@@ -153,7 +154,14 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
-  return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix, fields, warps * 32, smem, tile.block_m,
+  // Short and long keys are in the name where they have a kernel of their own.
+  Variant medium = variant;
+  medium.keys = Length::kMedium;
+  const bool own = !(tile == PickFwdSm90Tile(common.head_dim, common.head_dim_v, medium));
+  const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
+  return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
+          fields,         warps * 32,
+          smem,           tile.block_m,
           tile.block_n};
 }
 
@@ -275,9 +283,14 @@ bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
                     v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.e5m2_q,
-                    v.e5m2_k, v.e5m2_v, v.two_level, v.family);
+                    v.e5m2_k, v.e5m2_v, v.two_level, v.family, v.keys, v.schedule);
   };
   return fields(a) == fields(b);
+}
+
+Length LengthOf(int64_t kv_len) {
+  if (kv_len == 0) return Length::kMedium;
+  return kv_len <= 1024 ? Length::kShort : kv_len >= 8192 ? Length::kLong : Length::kMedium;
 }
 
 Plan MakePlan(const Variant& variant, int arch) {
@@ -308,6 +321,14 @@ Plan MakePlan(const Variant& variant, int arch) {
     }
     plan.kernels = MakeDecode(variant, common, info, arch);
   } else if (variant.op == Op::kFwd) {
+    if (variant.schedule == Schedule::kPersistent && !TakesFwdSm90(variant, common, arch)) {
+      plan.error =
+          "schedule 'persistent', or an sm_margin: expected a GPU of architecture sm_90 and head "
+          "dims that are multiples of 8, got " +
+          ArchName(arch) + " and head dims " + std::to_string(variant.head_dim) + ", " +
+          std::to_string(variant.head_dim_v);
+      return plan;
+    }
     plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
                                                         : MakeFwd(variant, common, info)};
   } else if (variant.deterministic) {
@@ -349,9 +370,11 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
     int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
     if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
-    // CTAs that stay would share tiles whose lengths nobody knows unevenly.
-    if (variant.packed || variant.segments) return {static_cast<uint32_t>(items * heads), 1, 1};
-    return {static_cast<uint32_t>(std::min<int64_t>(items * heads, multiprocessors)), 1, 1};
+    items *= heads;
+    if (StaysOnMultiprocessors(plan, index, variant)) {
+      items = std::min<int64_t>(items, multiprocessors);
+    }
+    return {static_cast<uint32_t>(items), 1, 1};
   }
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
     block = Field(kernel, "kBlockM");
@@ -369,9 +392,19 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
 }
 
+bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant) {
+  if (variant.op == Op::kDecode) return index == 0;
+  const std::string& file = plan.kernels[index].file;
+  if (file != "fwd_sm90.cuh" && file != kFwdFp8File) return false;
+  // CTAs that stay would share tiles whose lengths nobody knows unevenly.
+  if (variant.schedule == Schedule::kAny) return !variant.packed && !variant.segments;
+  return variant.schedule == Schedule::kPersistent;
+}
+
 bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
                 int multiprocessors) {
   if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
+  if (variant.schedule == Schedule::kGrid) return false;
   const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
   const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
   const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);

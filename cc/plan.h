@@ -21,8 +21,17 @@ enum class Mask { kFull, kCausal, kLocal };
 // taken wherever it supports the variant (a hook for tests: ForcedFamily of call.h).
 enum class Family { kAny, kSm80, kSm90 };
 
-// All that changes code. Lengths, offsets, window sizes, scale, cap, slopes and group size are
-// run-time values.
+// How the forward's row tiles are dealt out: a CTA for each, or CTAs that stay and take one after
+// the other, no more of them than multiprocessors. kAny is the plan's own choice.
+enum class Schedule { kAny, kGrid, kPersistent };
+
+// What tiles depend on of a dense call's number of keys: up to 1024; from 8192 on; other or
+// unknown.
+enum class Length { kMedium, kShort, kLong };
+Length LengthOf(int64_t kv_len);
+
+// All that changes code, and the schedule, which not every kernel has. Lengths, offsets, window
+// sizes, scale, cap, slopes and group size are run-time values.
 struct Variant {
   Op op;
   DType dtype;
@@ -42,6 +51,8 @@ struct Variant {
   bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
   bool two_level = false;  // products with V are added in f32, block by block
   Family family = Family::kAny;
+  Length keys = Length::kMedium;  // forward only
+  Schedule schedule = Schedule::kAny;
 };
 
 bool operator==(const Variant& a, const Variant& b);
@@ -94,6 +105,9 @@ struct Grid {
 // means: nothing to launch.
 Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
               int multiprocessors);
+
+// Whether its CTAs stay: kernel `index` of the plan.
+bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant);
 
 // FwdSm90Params::paired: whether a work item is a long row tile and a short one.
 bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,

@@ -1,6 +1,7 @@
 #include "cc/plan_tiles.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace jfa {
 
@@ -134,20 +135,40 @@ DqTile PickDqTile(int size, int smem_kb) {
 
 // The Hopper kernel's tiles: as many keys as registers and shared memory allow. docs/performance.md
 // has what was measured.
+bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
+  const auto fields = [](const FwdSm90Tile& t) {
+    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q);
+  };
+  return fields(a) == fields(b);
+}
+
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
   const int size = std::max(head_dim, head_dim_v);
   // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
   // registers, as do other features at the largest head dim.
-  const bool segments = variant.segments;
+  const bool segments = variant.segments, full = variant.mask == Mask::kFull;
+  const bool is_short = variant.keys == Length::kShort, is_long = variant.keys == Length::kLong;
+  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
   if (size <= 64) {
     if (segments || variant.packed) return {128, 128, 2, false};
-    return {192, variant.softcap || variant.alibi || variant.paged ? 112 : 128, 2, true};
+    if (!plain || variant.paged) return {192, 112, 2, true};
+    // Lengths of few tiles are multiples of 256 rather than of 192, and four warpgroups hide what a
+    // tile's begin and end cost.
+    if (is_short) return {256, 64, 4, full};
+    return {192, 128, 4, true};
   }
-  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
-  if (size <= 96 && plain && variant.mask == Mask::kFull) return {192, 96, 2, true, 1};
-  if (size <= 128) return {128, segments ? 96 : 128, 2, false};
+  if (size <= 96 && plain && full) return {192, 96, 2, true, 1};
+  if (size <= 96) return {128, segments ? 96 : 128, 2, false};
+  if (size <= 128) {
+    // More rows read K and V less often: it is the L2 that limits the others.
+    if (is_long && plain && full && !variant.paged && head_dim == head_dim_v) {
+      return {192, 80, 2, true};
+    }
+    const bool one_q = plain && !variant.paged && (is_short || variant.mask == Mask::kCausal);
+    return {128, segments ? 96 : 128, 2, false, one_q ? 1 : 2};
+  }
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
-  return {128, segments || variant.packed || variant.alibi ? 64 : 80, 2, false, 1};
+  return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};
 }
 
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,

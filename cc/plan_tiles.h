@@ -41,6 +41,7 @@ struct FwdSm90Tile {
   bool ping_pong;
   int stages_q = 2;
 };
+bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant);
 

@@ -18,6 +18,7 @@ FEATURES = ("softcap", "alibi", "segments", "packed", *FORWARD_FEATURES, *BACKWA
 # Of decoding, whose kernel takes dense and paged keys, but neither segments nor packed queries.
 DECODE_FEATURES = ("softcap", "alibi")
 DECODE_ROWS = (16, 32, 64, 128)  # of a tile: queries of one key head, rounded up
+FORWARD_KEYS = (512, 4096, 16384)  # one length of each kind that tiles are chosen by
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -79,9 +80,10 @@ def _warmup(args: argparse.Namespace) -> None:
             others = BACKWARD_FEATURES if op == "fwd" else FORWARD_FEATURES
             features = [x for x in features if x not in others]
         all_rows = DECODE_ROWS if op == "decode" else (0,)
+        kv_lens = FORWARD_KEYS if op == "fwd" else (0,)
+        common = (op, dtype, head_dim, head_dim_v, mask, features, arch)
         return sum(
-            len(_native.cuda_warm(op, dtype, head_dim, head_dim_v, mask, features, arch, rows))
-            for rows in all_rows
+            len(_native.cuda_warm(*common, rows, kv_len)) for rows in all_rows for kv_len in kv_lens
         )
 
     width = max(10, shutil.get_terminal_size().columns - 40)

@@ -12,6 +12,7 @@ Implementation = Literal["cuda", "cpu", "xla"]
 Window = int | tuple[int | None, int | None] | None
 Offset = int | Literal["end"] | ArrayLike | None
 Accumulation = Literal["fast", "two_level"]
+Schedule = Literal["grid", "persistent"]
 
 
 @overload
@@ -33,6 +34,8 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
+    schedule: Schedule | None = ...,
+    sm_margin: int = ...,
     q_scale: ArrayLike | None = ...,
     k_scale: ArrayLike | None = ...,
     v_scale: ArrayLike | None = ...,
@@ -63,6 +66,8 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
+    schedule: Schedule | None = ...,
+    sm_margin: int = ...,
     q_scale: ArrayLike | None = ...,
     k_scale: ArrayLike | None = ...,
     v_scale: ArrayLike | None = ...,
@@ -92,6 +97,8 @@ def attention(
     key_value_seq_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    schedule: Schedule | None = None,
+    sm_margin: int = 0,
     q_scale: ArrayLike | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
@@ -153,6 +160,14 @@ def attention(
       return_lse: also return the log-sum-exp of each query's logits.
       deterministic: gradients are bitwise repeatable. On a GPU that costs time; on a CPU and in the
         forward pass, it is always so.
+      schedule: how the forward deals out tiles of queries on a GPU: 'grid' starts a CTA for each;
+        'persistent', which Hopper's kernels alone have, as many CTAs as multiprocessors, which
+        take one after the other. Neither changes a kernel's results. None leaves it to the kernel:
+        persistent on Hopper, but a grid with packed sequences or segments. Decoding calls share out
+        keys in their own way, and ignore it, as do the backward, CPUs and 'xla'.
+      sm_margin: so many of a GPU's multiprocessors are left to what runs at the same time, such as
+        collectives. For the forward alone, which then is persistent, or decodes; one works in any
+        case. 0 by default; ignored like `schedule`.
       q_scale: for float8 inputs, what a stored value is multiplied with to give the true one: a
         number or floating array, one value or one per batch element and key head, `[B, K]`; 1 by
         default, not negative. Traced values compile nothing anew.
@@ -178,11 +193,12 @@ def attention(
       TypeError: a dtype that differs or isn't supported, a tracer where a Python number is needed,
         arrays sharded over sequence or head dim by explicit mesh axes.
       ValueError: shapes that don't fit together, a negative window, `sink_tokens` without window or
-        causal mask, an unknown implementation, float8 options without float8 inputs.
+        causal mask, an unknown implementation or schedule, a negative `sm_margin` or one beside
+        a grid, float8 options without float8 inputs.
       UnsupportedError: `bias` or `mask` (a dense [T, S] array is what this function avoids), head
         dims over 512, a named implementation on another platform, forward-mode differentiation;
         float8 inputs that are differentiated, or with head dims that aren't multiples of 16 up to
-        256.
+        256; a persistent schedule or an `sm_margin` where no Hopper kernel takes the call.
     """
     _refuse_dense_arrays(bias, mask)
     return_lse = _spec.static_bool("return_lse", return_lse)
@@ -202,6 +218,8 @@ def attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         deterministic=deterministic,
+        schedule=schedule,
+        sm_margin=sm_margin,
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
@@ -230,6 +248,8 @@ def attention_varlen(
     logits_soft_cap: float | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
+    schedule: Schedule | None = ...,
+    sm_margin: int = ...,
     q_scale: ArrayLike | None = ...,
     k_scale: ArrayLike | None = ...,
     v_scale: ArrayLike | None = ...,
@@ -259,6 +279,8 @@ def attention_varlen(
     logits_soft_cap: float | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
+    schedule: Schedule | None = ...,
+    sm_margin: int = ...,
     q_scale: ArrayLike | None = ...,
     k_scale: ArrayLike | None = ...,
     v_scale: ArrayLike | None = ...,
@@ -287,6 +309,8 @@ def attention_varlen(
     logits_soft_cap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    schedule: Schedule | None = None,
+    sm_margin: int = 0,
     q_scale: ArrayLike | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
@@ -323,6 +347,8 @@ def attention_varlen(
       logits_soft_cap: see `attention`.
       return_lse: also return the log-sum-exp, `[N, total_q]` after the batch axes.
       deterministic: see `attention`.
+      schedule: see `attention`.
+      sm_margin: see `attention`.
       q_scale: see `attention`; `[K]` where there are no batch axes.
       k_scale: the same.
       v_scale: the same.
@@ -357,6 +383,8 @@ def attention_varlen(
         alibi_slopes=alibi_slopes,
         logits_soft_cap=logits_soft_cap,
         deterministic=deterministic,
+        schedule=schedule,
+        sm_margin=sm_margin,
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,

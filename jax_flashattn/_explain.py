@@ -19,7 +19,8 @@ class Explanation:
       variants: for CUDA what is compiled for: operation, dtype, head dims, mask and features of
         forward and backward. Calls with equal variants share kernels.
       kernels: for CUDA one dict per kernel: symbol, file, config (tile sizes and features),
-        threads, smem_bytes, arch and key (its name in the kernel cache; None without NVRTC).
+        threads, smem_bytes, schedule ('grid' or 'persistent'), arch and key (its name in the
+        kernel cache; None without NVRTC).
     """
 
     implementation: str
@@ -32,7 +33,8 @@ class Explanation:
         for kernel in self.kernels:
             lines.append(
                 f"{kernel['symbol']} ({kernel['file']}, {kernel['arch']}): {kernel['threads']} "
-                f"threads, {kernel['smem_bytes'] / 1024:.0f} KiB shared memory"
+                f"threads, {kernel['smem_bytes'] / 1024:.0f} KiB shared memory, "
+                f"{kernel['schedule']}"
             )
             lines.append(f"  key {kernel['key']}")
             lines.append("  " + ", ".join(f"{k}={v}" for k, v in kernel["config"].items()))

@@ -20,6 +20,7 @@ from jax_flashattn._sharding import partition_attributes, result_aval
 from jax_flashattn._spec import (
     PER_HEAD_AUX,
     PER_KV_HEAD_AUX,
+    SCHEDULES,
     AttentionSpec,
     KernelNotCachedError,
     UnsupportedError,
@@ -64,7 +65,10 @@ def variant(
         "e5m2_k": k.dtype == jnp.float8_e5m2,
         "e5m2_v": v.dtype == jnp.float8_e5m2,
         "two_level": spec.two_level,
+        "grid": op == "fwd" and spec.schedule == "grid",
+        "persistent": op == "fwd" and spec.schedule == "persistent",
     }
+    dense = op == "fwd" and "page_table" not in spec.aux
     return {
         "op": op,
         "dtype": spec.out_dtype or str(q.dtype),
@@ -73,7 +77,13 @@ def variant(
         "mask": spec.mask_kind,
         "features": [name for name, given in features.items() if given],
         "rows": rows,
+        "kv_len": _known(k.shape[-3]) if dense else 0,
     }
+
+
+def _known(length: Any) -> int:
+    """A length that tiles may be chosen by; 0 if it is a symbol."""
+    return length if isinstance(length, int) else 0
 
 
 def device_archs() -> list[int]:
@@ -189,7 +199,7 @@ def forward(
     """`fwd_p` by the CUDA kernels."""
     check_supported(q, v)
     wanted = variant(spec, "fwd", q, k, v)
-    if _fp8.is_fp8(q):
+    if _fp8.is_fp8(q) or spec.schedule == "persistent":
         _require_architecture(wanted)
     require_cached(wanted)
     B, T, N, _ = q.shape
@@ -339,7 +349,17 @@ def _lower(
 
 
 def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
-    return _lower(FWD_TARGET, ctx, operands, ["bkgth", "bksh", "bksd"], ["bkgtd", "bkgt"], spec)
+    return _lower(
+        FWD_TARGET,
+        ctx,
+        operands,
+        ["bkgth", "bksh", "bksd"],
+        ["bkgtd", "bkgt"],
+        spec,
+        schedule=np.int64((None, *SCHEDULES).index(spec.schedule)),
+        sm_margin=np.int64(spec.sm_margin),
+        kv_len=np.int64(_known(ctx.avals_in[1].shape[2])),
+    )
 
 
 def _lower_bwd(

@@ -226,6 +226,7 @@ def _lower_serve(
         **_lowering_cuda.code_attributes(spec, q, v),
         rows=np.int64(rows),
         heads_first=np.bool_(layout == "HND"),
+        sm_margin=np.int64(spec.sm_margin),
     )
 
 

@@ -31,7 +31,18 @@ def cuda_explain(
     features: Sequence[str],
     arch: int,
     rows: int = 0,
+    kv_len: int = 0,
 ) -> dict[str, Any]: ...
+def cuda_forward_ctas(
+    head_dim: int,
+    mask: str,
+    features: Sequence[str],
+    arch: int,
+    num_heads: int,
+    q_len: int,
+    kv_len: int,
+    multiprocessors: int,
+) -> int: ...
 def cuda_warm(
     op: str,
     dtype: str,
@@ -41,6 +52,7 @@ def cuda_warm(
     features: Sequence[str],
     arch: int,
     rows: int = 0,
+    kv_len: int = 0,
 ) -> list[dict[str, Any]]: ...
 def jit_compile_source(symbol: str, source: str, arch_name: str) -> dict[str, Any]: ...
 def jit_stats() -> dict[str, Any]: ...

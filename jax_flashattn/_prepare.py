@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jax_flashattn import _fp8, _spec
-from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, AttentionSpec
+from jax_flashattn._spec import AUX_NAMES, IMPLEMENTATIONS, SCHEDULES, AttentionSpec
 
 MAX_WINDOW = np.iinfo(np.int32).max  # beyond, a side is open
 
@@ -174,6 +174,8 @@ def _finish(
     alibi_slopes: Any = None,
     logits_soft_cap: Any = None,
     deterministic: Any = False,
+    schedule: Any = None,
+    sm_margin: Any = 0,
     implementation: Any = None,
     **of_fp8: Any,
 ) -> Call:
@@ -235,6 +237,7 @@ def _finish(
         aux=tuple(name for name in AUX_NAMES if name in aux),
         deterministic=_spec.static_bool("deterministic", deterministic),
         implementation=implementation,
+        **_launch_options(schedule, sm_margin),
         **fp8_fields,
     )
     B = math.prod(batch)
@@ -256,6 +259,20 @@ def _arrays(q: Any, k: Any, v: Any, implementation: Any) -> tuple[Any, Any, Any,
 def _check_implementation(name: Any) -> None:
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {name!r}")
+
+
+def _launch_options(schedule: Any, sm_margin: Any) -> dict[str, Any]:
+    """The fields of the spec that say how the forward's tiles are dealt out on a GPU."""
+    if schedule is not None and schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be None or one of {SCHEDULES}, got {schedule!r}")
+    # More than any GPU has means the same as all but one.
+    sm_margin = min(_spec.static_int("sm_margin", sm_margin, 0), _spec.MAX_LENGTH)
+    if sm_margin and schedule == "grid":
+        raise ValueError(
+            f"sm_margin must be 0 with schedule='grid', which uses all multiprocessors, "
+            f"got {sm_margin}"
+        )
+    return {"schedule": schedule or ("persistent" if sm_margin else None), "sm_margin": sm_margin}
 
 
 def _window(size: Any) -> tuple[int | None, int | None]:

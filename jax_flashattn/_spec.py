@@ -16,6 +16,7 @@ from jax.core import Tracer
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+SCHEDULES = ("grid", "persistent")
 MAX_HEAD_DIM = 512
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -70,6 +71,8 @@ class AttentionSpec:
       implementation: the implementation that the caller named, or None for the platform's own.
       out_dtype: name of the output's dtype, or None for q's; given for 8-bit inputs.
       two_level: products of 8-bit weights and values are added in float32, block by block.
+      schedule: 'grid' or 'persistent', or None for the kernels' own choice; on GPUs only.
+      sm_margin: multiprocessors that the forward leaves to others; with it, never a grid.
     """
 
     scale: float
@@ -84,6 +87,8 @@ class AttentionSpec:
     implementation: str | None = None
     out_dtype: str | None = None
     two_level: bool = False
+    schedule: str | None = None
+    sm_margin: int = 0
 
     @property
     def mask_kind(self) -> str:

@@ -14,9 +14,9 @@ from jax_flashattn import _native
 
 # The version in the name is that of the operands and attributes: exported programs and XLA's
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
-FWD_TARGET = "jfa_fwd_v3"
+FWD_TARGET = "jfa_fwd_v4"
 BWD_TARGET = "jfa_bwd_v3"
-SERVE_TARGET = "jfa_serve_v1"
+SERVE_TARGET = "jfa_serve_v2"
 PAGED_TARGET = "jfa_paged_v1"
 
 

@@ -28,6 +28,7 @@ FACTORS = {
     "softcap": [[], ["softcap"]],
     "alibi": [[], ["alibi"]],
     "layout": [[], ["segments"], ["packed"]],
+    "keys": [4096, 512, 16384],
 }
 FLAGS = ("softcap", "alibi", "layout", "paged")
 # Kernels of serving have fewer factors, so a table of their own each.
@@ -52,7 +53,7 @@ FP8_FACTORS = {
 
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)", symbol)
+    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short|_long)?", symbol)
     if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
@@ -75,7 +76,8 @@ def variants(arch: int):
         features = [*features, *(x for name in FLAGS for x in row[name])]
         if "dslopes" in features and "alibi" not in features:
             features.append("alibi")
-        yield op, row["dtype"], *row["head_dims"], row["mask"], features, arch, row.get("rows", 0)
+        common = op, row["dtype"], *row["head_dims"], row["mask"], features, arch
+        yield *common, row.get("rows", 0), row.get("keys", 0)
 
 
 @pytest.mark.parametrize("part", range(4))

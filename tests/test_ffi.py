@@ -18,7 +18,7 @@ OUT, LSE = (2, 5, 4, 6), (2, 4, 5)
 
 def forward(*operands, out=OUT, lse=LSE, out_dtype=jnp.float32, **attributes):
     results = (jax.ShapeDtypeStruct(out, out_dtype), jax.ShapeDtypeStruct(lse, jnp.float32))
-    return jax.ffi.ffi_call("jfa_fwd_v3", results)(*operands, **{**ATTRIBUTES, **attributes})
+    return jax.ffi.ffi_call("jfa_fwd_v4", results)(*operands, **{**ATTRIBUTES, **attributes})
 
 
 def given(*names):

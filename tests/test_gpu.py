@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import draws
 import oracle
 from jax_flashattn import UnsupportedError, _native, attention, attention_varlen
+from tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -24,6 +26,56 @@ LENGTHS = [(1, 1), (113, 203), (799, 3), (64, 64), (1, 300), (257, 511), (1024, 
 def test_lengths(T, S, is_causal, dtype):
     inputs = oracle.make_inputs(0, 2, T, S, 4, 2, 64, 64, dtype)
     oracle.check(*inputs, is_causal=is_causal, query_offset="end")
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("H", [64, 96, 128, 256])
+@pytest.mark.parametrize(("T", "S"), [(257, 1500), (700, 1025), (300, 8200)])
+def test_longer_keys(T, S, H, is_causal):
+    """Tiles depend on the length of the keys."""
+    inputs = oracle.make_inputs(0, 1, T, S, 2, 1, H, H, jnp.bfloat16)
+    oracle.check(*inputs, is_causal=is_causal, query_offset="end")
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("H", "S"), [(64, 700), (64, 1500), (128, 900), (256, 1200)])
+def test_schedules_give_the_same_bits(H, S, is_causal):
+    q, k, v, *_ = oracle.make_inputs(0, 3, 450, S, 16, 8, H, H, jnp.bfloat16)
+    lengths = np.array([S, 0, 77], np.int32)
+    run = partial(
+        attention,
+        is_causal=is_causal,
+        query_offset="end",
+        key_value_seq_lengths=lengths,
+        return_lse=True,
+    )
+    ends = jnp.array([0, 3, 3, 200, 450])
+    packed = partial(attention_varlen, q[0], k[0], v[0], cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    # One multiprocessor always works.
+    for options in (dict(schedule="persistent"), dict(sm_margin=100), dict(sm_margin=10**6)):
+        for x, y in zip(run(q, k, v, **options), run(q, k, v, schedule="grid"), strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        if H > 64:  # below, the plan prefers an older kernel to a grid of the newer one
+            x, y = (packed(is_causal=is_causal, **z) for z in (options, dict(schedule="grid")))
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_packed_and_persistent():
+    """At a head dim where the plan would not choose the kernel that this takes."""
+    q, k, v, dout, _ = oracle.make_inputs(0, 1, 450, 450, 16, 8, 64, 64, jnp.bfloat16)
+    dlse = np.zeros((1, 16, 450), np.float32)
+    ends = np.array([0, 3, 3, 200, 433], np.int32)
+    exact, twin, _ = oracle.references(q, k, v, dout, dlse, cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    out = attention_varlen(q, k, v, cu_seqlens_q=ends, sm_margin=120)
+    assert_close(out, exact[0], twin[0], dtype=q.dtype, what="out")
+
+
+@pytest.mark.parametrize("margin", [1, 131, 10**6])
+def test_decoding_with_a_margin(margin):
+    inputs = oracle.make_inputs(0, 2, 1, 3000, 8, 2, 128, 128, jnp.bfloat16)
+    exact, twin, _ = oracle.references(*inputs)
+    out = attention(*inputs[:3], sm_margin=margin)
+    assert_close(out, exact[0], twin[0], dtype=out.dtype, what="out")
 
 
 HEAD_DIMS = [8, 17, 32, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256]

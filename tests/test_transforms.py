@@ -84,7 +84,7 @@ def test_vmap_of_queries_alone_copies_no_keys():
     q, k, v = inputs()
     queries = jnp.stack([q] * 3)
     text = jax.jit(jax.vmap(lambda q: attention(q, k, v))).lower(queries).as_text()
-    [call] = re.findall(r"custom_call @jfa_fwd_v3.*", text)
+    [call] = re.findall(r"custom_call @jfa_fwd_v4.*", text)
     assert "tensor<2x7x2x8xf32>" in call
 
 
@@ -149,7 +149,7 @@ def test_checkpoint_policies(policy, num_forward):
 
     f = jax.jit(jax.value_and_grad(partial(loss, jax.checkpoint(layer, policy=policy))))
     text = f.lower(q).compile().as_text()
-    assert len(re.findall(r'custom_call_target="jfa_fwd_v3"', text)) == num_forward
+    assert len(re.findall(r'custom_call_target="jfa_fwd_v4"', text)) == num_forward
     assert len(re.findall(r'custom_call_target="jfa_bwd_v3"', text)) == 1
     assert_trees_close(f(q), jax.value_and_grad(partial(loss, layer))(q))
 

@@ -100,7 +100,7 @@ def instructions(text):
 def test_batch_and_heads_cost_nothing(spec, mesh):
     args = shapes(mesh, 4, spec, spec)
     for text in (compiled(causal, *args[:3]), compiled(gradients(causal), *args)):
-        assert "jfa_fwd_v3" in text
+        assert "jfa_fwd_v4" in text
         assert instructions(text) <= FREE
 
 
@@ -162,7 +162,7 @@ def test_checkpoint_policies(saved, num_forward, mesh):
         return jnp.sum(jax.lax.scan(layer, x, length=3)[0] * weight)
 
     text = compiled(jax.grad(loss, (0, 1, 2)), *shapes(mesh, 4, HEADS, HEADS))
-    assert len(re.findall(r'custom_call_target="jfa_fwd_v3"', text)) == num_forward
+    assert len(re.findall(r'custom_call_target="jfa_fwd_v4"', text)) == num_forward
     assert len(re.findall(r'custom_call_target="jfa_bwd_v3"', text)) == 1
 
 

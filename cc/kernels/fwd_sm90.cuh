@@ -19,7 +19,7 @@
 // Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier;
 //             the output, if there is room. plan.cc computes the same sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
-//             more, of 240 (two consumers) or 160 (three).
+//             more, of 240 (two consumers), 160 (three) or 112 (four).
 //
 // ptxas runs all products one after the other (C7510 to C7517 in its log) if on some path it can't
 // tell that a product is done before its accumulator is touched. So each wait stands in the same
@@ -53,8 +53,10 @@ struct FwdSm90 {
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
+  // Five warpgroups are launched with 96 registers a thread, which is less than all there are.
+  static constexpr int kPool = kConsumers == 4 ? 5 * 96 : 512;
   static constexpr int kConsumerRegisters =
-      kConsumers == 1 ? 256 : (512 - kProducerRegisters) / kConsumers / 8 * 8;
+      kConsumers == 1 ? 256 : (kPool - kProducerRegisters) / kConsumers / 8 * 8;
 
   // Tiles lie in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are
   // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
@@ -87,10 +89,12 @@ struct FwdSm90 {
     kFullTile = kEmptyV + C::kStages,
     kEmptyTile = kFullTile + kTileSlots,
   };
-  enum NamedBarrier { kTurn = 1, kGroup = kTurn + 3 };  // of each consumer warpgroup
+  enum NamedBarrier { kTurn = 1, kGroup = kTurn + kConsumers };  // of each consumer warpgroup
 
-  static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 3,
+  static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 4,
                 "a consumer warpgroup owns 64 rows");
+  static_assert(C::kBlockM - kGroupRows <= C::kStages * C::kBlockN,
+                "blocks that a warpgroup lets pass keep their values until it has passed them all");
   static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
   static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
@@ -361,7 +365,7 @@ struct FwdSm90 {
     };
 
     // A tile's first blocks may lie to the right of all that this warpgroup's rows see: it lets
-    // them pass, at most the one or two that begin between its last row's keys and the tile's.
+    // them pass, at most those that begin between its last row's keys and the tile's.
     int hidden_blocks = 0;
     const auto skip_hidden = [&](int first) {
       if constexpr (kMask != MaskKind::kFull) {
