@@ -151,7 +151,8 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
       loaded.emplace_back();
       JFA_RETURN_IF_ERROR(
           launch::Load({kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name,
-                        kernel.resources.param_bytes, kernels->plan.kernels[i].smem_bytes},
+                        kernel.resources.param_bytes, kernels->plan.kernels[i].smem_bytes,
+                        kernels->plan.kernels[i].clusters},
                        &loaded.back()));
     }
     kernels->loaded = std::move(loaded);
@@ -171,9 +172,11 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
     const Grid grid =
         MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
+    const KernelSpec& kernel = kernels.plan.kernels[i];
     JFA_RETURN_IF_ERROR(launch::Launch(
-        *kernels.loaded[i], {grid.x, grid.y, grid.z}, kernels.plan.kernels[i].threads,
-        kernels.plan.kernels[i].starts_early, stream, &params, sizeof(params)));
+        *kernels.loaded[i],
+        {{grid.x, grid.y, grid.z}, kernel.threads, grid.cluster, kernel.starts_early}, stream,
+        &params, sizeof(params)));
   }
   return OkStatus();
 }
@@ -217,7 +220,9 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
                     int multiprocessors, driver::CuStream stream) {
   const KernelSpec& kernel = kernels.plan.kernels.front();
   DecodeParams params = decode;
-  params.num_ctas = static_cast<int>(DecodeCtas(kernel, call.sizes, multiprocessors));
+  const DecodeShare share = ShareDecode(kernel, call.sizes, multiprocessors);
+  params.num_ctas = static_cast<int>(share.ctas);
+  params.cluster_log2 = share.cluster_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
     return InvalidArgument(

@@ -18,6 +18,7 @@ constexpr int kMinArch = 80;
 constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
+constexpr int kMostClusterLog2 = 4;  // DecodeCluster::kMostCtas
 
 // Rounds a head dim up to its tile class; 0 if there is none.
 int TileClass(int head_dim) {
@@ -176,6 +177,7 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
                        (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + rows, fields,
                        warps * 32, tile.smem};
   if (tma) decode.box_rows_kv = tile.block_n;
+  decode.clusters = tma;
   // Hides what it takes to launch the second kernel.
   const bool starts_early = arch >= 90;
   Fields combine;
@@ -335,8 +337,10 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
               int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
   if (variant.op == Op::kDecode) {
-    const int64_t ctas = DecodeCtas(plan.kernels.front(), problem, multiprocessors);
-    if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1};
+    const DecodeShare share = ShareDecode(plan.kernels.front(), problem, multiprocessors);
+    const int64_t ctas = share.ctas;
+    if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1, 1u << share.cluster_log2};
+    if (share.cluster_log2 > 0) return {0, 1, 1};  // each cluster merges by itself
     const int64_t tiles =
         problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
     if (problem.alike && ctas > 0 && tiles % ctas == 0) return {0, 1, 1};  // nobody shares a tile
@@ -403,28 +407,79 @@ int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
   return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
 }
 
-int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors) {
+namespace {
+
+// CTAs in clusters of 2^cluster_log2 that surely run at the same time. A cluster needs as many
+// multiprocessors of one of the GPU's parts, of which an H100 has some of 14, 16 and 18.
+int64_t MostInClusters(int cluster_log2, int64_t ctas, int64_t per_multiprocessor) {
+  const int64_t span = CeilDiv(int64_t{1} << cluster_log2, per_multiprocessor);
+  return span <= 2 ? ctas : span <= 8 ? ctas * 3 / 4 : ctas / 2;
+}
+
+// How many CTAs (log2) should share each tile as a cluster, equally; 0 if equal parts of all work,
+// merged by a second kernel, are better.
+int PickCluster(const KernelSpec& kernel, const Problem& problem, int64_t tiles, int64_t blocks,
+                int multiprocessors) {
+  const int64_t per_multiprocessor = Field(kernel, "kMinBlocks");
+  int best = 0;
+  int64_t longest = blocks;
+  for (int log2 = 1; log2 <= kMostClusterLog2; ++log2) {
+    const int64_t most =
+        MostInClusters(log2, multiprocessors * per_multiprocessor, per_multiprocessor);
+    if (tiles > most >> log2) break;
+    const int64_t part = CeilDiv(blocks, int64_t{1} << log2);
+    if (part < longest) {
+      best = log2;
+      longest = part;
+    }
+  }
+  // A part so short is read in the time that merging in memory takes, even by a CTA that is alone.
+  constexpr int64_t kShortBytes = 512 * 1024;
+  const int64_t block_bytes =
+      2 * Field(kernel, "kBlockN") * (Field(kernel, "kHeadDim") + Field(kernel, "kHeadDimV"));
+  if (longest * block_bytes <= kShortBytes) return best;
+  // Longer ones must be equal indeed, and keep the memory busy.
+  const bool fills = (tiles << best) * 10 >= int64_t{multiprocessors} * 9;
+  return problem.alike && fills ? best : 0;
+}
+
+}  // namespace
+
+DecodeShare ShareDecode(const KernelSpec& kernel, const Problem& problem, int multiprocessors) {
   const int64_t rows = problem.q_len * problem.group;
-  if (rows == 0) return 0;
+  if (rows == 0) return {};
   const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
   const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
-  if (tiles > INT_MAX / blocks) return 0;
+  if (tiles > INT_MAX / blocks) return {};
+  const bool forced = problem.forced_cluster_log2 >= 0;
+  if (forced && kernel.clusters && problem.forced_cluster_log2 > 0 &&
+      tiles <= INT_MAX >> kMostClusterLog2) {
+    return {tiles << problem.forced_cluster_log2, problem.forced_cluster_log2};
+  }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
   const int64_t ctas =
       std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
-  if (ctas < tiles) return ctas;
+  if (ctas < tiles) {
+    // Whole tiles need no merging: worth a few idle multiprocessors.
+    const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
+    const bool divides = whole * each == tiles && whole * 10 >= ctas * 9;
+    return {problem.alike && divides ? whole : ctas, 0};
+  }
   // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
   // merging.
   constexpr int64_t kShort = 32;
   if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
       Field(kernel, "kRows") == 16) {
-    return tiles;
+    return {tiles, 0};
   }
-  // Equal parts of tiles need less merging: worth a few idle multiprocessors. No more of them than
-  // make the longest one shorter.
+  if (kernel.clusters && !forced) {
+    const int log2 = PickCluster(kernel, problem, tiles, blocks, multiprocessors);
+    if (log2 > 0) return {tiles << log2, log2};
+  }
+  // Equal parts of tiles need less merging. No more of them than make the longest one shorter.
   const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
-  return tiles * CeilDiv(blocks, longest);
+  return {tiles * CeilDiv(blocks, longest), 0};
 }
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {

@@ -60,6 +60,7 @@ struct KernelSpec {
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
   int input_bytes = 2;  // of an element of q, k and v
+  bool clusters = false;  // its CTAs can share work as clusters, of more than 8 too
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
@@ -85,10 +86,12 @@ struct Problem {
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
   bool alike = false;  // all its sequences have the same lengths
+  int forced_cluster_log2 = -1;  // of a DecodeShare, 0 for none; -1: as ShareDecode likes it
 };
 
 struct Grid {
   uint32_t x, y, z;
+  uint32_t cluster = 1;  // so many CTAs that follow each other run at the same time
 };
 // Grid of kernel `index` of the plan on a GPU with that many multiprocessors. Any zero extent
 // means: nothing to launch.
@@ -101,8 +104,13 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
 
 // Tiles of a decode call's queries of one key head.
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem);
-// How many CTAs share the key blocks of a decode call.
-int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors);
+// Who visits the key blocks of a decode call.
+struct DecodeShare {
+  int64_t ctas = 0;  // 0: the call can't be run
+  // 0: all CTAs share all blocks. Else each 2^cluster_log2 of them, a cluster, share one tile.
+  int cluster_log2 = 0;
+};
+DecodeShare ShareDecode(const KernelSpec& kernel, const Problem& problem, int multiprocessors);
 
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.

@@ -169,8 +169,8 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
   for (;; tile_rows *= 2) {
     const int warps = tile_rows <= 64 ? 4 : 8;
-    // Q, the buffer through which outputs are merged, and the rows' sums.
-    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps;
+    // Q, the buffer through which outputs are merged, the rows' sums, and a barrier of clusters.
+    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
     const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);

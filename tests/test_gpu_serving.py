@@ -115,6 +115,42 @@ def test_families(family, run_python):
     )
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_clusters(size, run_python):
+    """Clusters of any size may share a tile, or none, whatever the plan would choose."""
+    run_python(
+        """
+        import jax.numpy as jnp, numpy as np, oracle, pages
+        import test_gpu_serving as t
+        for S in (1, 63, 65, 300, 4097):  # from fewer blocks than the cluster has CTAs
+            t.test_key_lengths(S)
+        lengths = [700, 0, 257, 1, 64]
+        q, k, v = oracle.make_inputs(9, 5, 2, 700, 8, 2, 128, 128, jnp.bfloat16)[:3]
+        sinks = np.linspace(-2, 2, 8, dtype=np.float32)
+        for page_size in (8, 16, 32, 64, 128, 256):
+            for layout in ("NHD", "HND"):
+                cache = pages.make_cache(k, v, lengths, page_size=page_size, layout=layout)
+                pages.check(q, k, v, lengths, cache)
+            pages.check(q, k, v, lengths, cache, local_window_size=(100, 0), sink_tokens=5,
+                        sinks=sinks, logits_soft_cap=5.0)
+        for heads in ((24, 1), (128, 1)):
+            t.test_rows_of_a_key_head(heads, 1)
+            t.test_rows_of_a_key_head(heads, 5)
+        for dims in (40, 64, 256, (192, 128), (64, 128)):
+            t.test_head_dims(dims, jnp.float16)
+        t.test_mixed_lengths(33)
+        t.test_numbers_out_of_range_are_clamped()
+        for seed in range(20):
+            t.test_any_decoding(seed)
+        for seed in range(40):
+            t.test_any_paged_call(seed)
+        t.test_bitwise_repeatable()
+        """,
+        JAX_PLATFORMS="cuda",
+        JFA_FORCE_CLUSTER=str(size),
+    )
+
+
 def test_numbers_out_of_range_are_clamped():
     pages.check_clamped(*oracle.make_inputs(6, 3, 1, 64, 4, 2, 64, 64, jnp.bfloat16)[:3])
 
@@ -156,20 +192,21 @@ def test_generation_in_a_scan():
     assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1
 
 
-def test_captured_into_a_cuda_graph(tmp_path, run_python):
-    """Command buffers hold both kernels of a decoding step; replays give what launches give."""
+@pytest.mark.parametrize("S", [700, 30000], ids=["a cluster", "two kernels"])
+def test_captured_into_a_cuda_graph(S, tmp_path, run_python):
+    """Command buffers hold the kernels of a decoding step; replays give what launches give."""
     run_python(
-        """
+        f"""
         import jax, jax.numpy as jnp, numpy as np, oracle
         from jax_flashattn import attention
-        q, k, v, _, _ = oracle.make_inputs(0, 2, 1, 3000, 8, 2, 128, 128, jnp.bfloat16)
+        q, k, v, _, _ = oracle.make_inputs(0, 2, 1, {S}, 8, 2, 128, 128, jnp.bfloat16)
         def f(q):
             for _ in range(8):
                 q = attention(q, k, v)
             return q
         graph = jax.jit(f)
         launches = jax.jit(f).lower(q).compile(
-            compiler_options={"xla_gpu_enable_command_buffer": ""})
+            compiler_options={{"xla_gpu_enable_command_buffer": ""}})
         expected = np.asarray(launches(q), np.float32)
         for _ in range(20):
             np.testing.assert_array_equal(np.asarray(graph(q), np.float32), expected)
