@@ -149,11 +149,10 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
     for (size_t i = 0; i < kernels->compiled.size(); ++i) {
       const jit::CompiledKernel& kernel = *kernels->compiled[i].kernel;
       loaded.emplace_back();
-      JFA_RETURN_IF_ERROR(
-          launch::Load({kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name,
-                        kernel.resources.param_bytes, kernels->plan.kernels[i].smem_bytes,
-                        kernels->plan.kernels[i].clusters},
-                       &loaded.back()));
+      JFA_RETURN_IF_ERROR(launch::Load(
+          {kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name, kernel.resources.param_bytes,
+           kernels->plan.kernels[i].smem_bytes, kernels->plan.kernels[i].clusters},
+          &loaded.back()));
     }
     kernels->loaded = std::move(loaded);
   }

@@ -59,7 +59,7 @@ struct KernelSpec {
   int box_rows_kv = 0;  // with pages at most: a box never spans two
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
-  int input_bytes = 2;  // of an element of q, k and v
+  int input_bytes = 2;    // of an element of q, k and v
   bool clusters = false;  // its CTAs can share work as clusters, of more than 8 too
 };
 
@@ -85,7 +85,7 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;  // all its sequences have the same lengths
+  bool alike = false;            // all its sequences have the same lengths
   int forced_cluster_log2 = -1;  // of a DecodeShare, 0 for none; -1: as ShareDecode likes it
 };
 

@@ -1,4 +1,5 @@
-// Merging within a cluster: its CTAs have each visited a part of one tile's key blocks (decode.cuh).
+// Merging within a cluster: its CTAs have each visited a part of one tile's key blocks
+// (decode.cuh).
 //
 //   CTA 0   outputs |s0|s1|s2|s3|      Each sends slice s of its partial result to CTA s, into the
 //   CTA 1   outputs |s0|s1|s2|s3|      memory where K and V were, and all its rows' references and

@@ -78,8 +78,8 @@ JFA_DEVICE void StoreToCta(uint32 address, uint32 barrier, float2 x) {
 }
 JFA_DEVICE void StoreToCta(uint32 address, uint32 barrier, float4 x) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(address),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
       "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
       : "memory");
 }
