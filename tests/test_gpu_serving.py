@@ -1,6 +1,7 @@
 """Decoding and paged attention on a GPU against the float64 oracle: `pytest -m gpu`."""
 
 import re
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -115,37 +116,50 @@ def test_families(family, run_python):
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_clusters(size, run_python):
-    """Clusters of any size may share a tile, or none, whatever the plan would choose."""
-    run_python(
-        """
-        import jax.numpy as jnp, numpy as np, oracle, pages
-        import test_gpu_serving as t
-        for S in (1, 63, 65, 300, 4097):  # from fewer blocks than the cluster has CTAs
+# Fewer blocks of keys than a cluster has CTAs, empty sequences, windows, all page sizes, several
+# tiles of rows, all tile classes.
+CLUSTER_CASES = {
+    "lengths": """
+        for S in (1, 63, 65, 300, 4097):
             t.test_key_lengths(S)
+        t.test_mixed_lengths(33)
+        t.test_numbers_out_of_range_are_clamped()
+        t.test_bitwise_repeatable()
+        """,
+    "pages": """
         lengths = [700, 0, 257, 1, 64]
         q, k, v = oracle.make_inputs(9, 5, 2, 700, 8, 2, 128, 128, jnp.bfloat16)[:3]
         sinks = np.linspace(-2, 2, 8, dtype=np.float32)
+        window = dict(local_window_size=(100, 0), sink_tokens=5, sinks=sinks)
         for page_size in (8, 16, 32, 64, 128, 256):
             for layout in ("NHD", "HND"):
                 cache = pages.make_cache(k, v, lengths, page_size=page_size, layout=layout)
                 pages.check(q, k, v, lengths, cache)
-            pages.check(q, k, v, lengths, cache, local_window_size=(100, 0), sink_tokens=5,
-                        sinks=sinks, logits_soft_cap=5.0)
+            pages.check(q, k, v, lengths, cache, logits_soft_cap=5.0, **window)
+        """,
+    "tiles": """
         for heads in ((24, 1), (128, 1)):
-            t.test_rows_of_a_key_head(heads, 1)
-            t.test_rows_of_a_key_head(heads, 5)
+            for T in (1, 5):
+                t.test_rows_of_a_key_head(heads, T)
         for dims in (40, 64, 256, (192, 128), (64, 128)):
             t.test_head_dims(dims, jnp.float16)
-        t.test_mixed_lengths(33)
-        t.test_numbers_out_of_range_are_clamped()
-        for seed in range(20):
-            t.test_any_decoding(seed)
-        for seed in range(40):
-            t.test_any_paged_call(seed)
-        t.test_bitwise_repeatable()
         """,
+    "any": """
+        for seed in range(12):
+            t.test_any_decoding(seed)
+        for seed in range(24):
+            t.test_any_paged_call(seed)
+        """,
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("cases", CLUSTER_CASES)
+def test_clusters(cases, size, run_python):
+    """Clusters of any size may share a tile, or none, whatever the plan would choose."""
+    modules = "import jax.numpy as jnp, numpy as np, oracle, pages, test_gpu_serving as t\n"
+    run_python(
+        modules + textwrap.dedent(CLUSTER_CASES[cases]),
         JAX_PLATFORMS="cuda",
         JFA_FORCE_CLUSTER=str(size),
     )
