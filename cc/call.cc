@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
-#include <iterator>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -400,19 +399,17 @@ Status ForcedFamily(Family* family) {
                          std::string(name));
 }
 
-Status ForcedClusterLog2(int* log2) {
+Status ForcedCluster(int* size) {
   static const char* const given = std::getenv("JFA_FORCE_CLUSTER");
   const std::string_view text = given != nullptr ? given : "";
-  *log2 = -1;
+  *size = -1;
   if (text.empty()) return OkStatus();
-  constexpr std::string_view kSizes[] = {"1", "2", "4", "8", "16"};
-  const auto* found = std::find(std::begin(kSizes), std::end(kSizes), text);
-  if (found == std::end(kSizes)) {
-    return InvalidArgument("jax_flashattn: JFA_FORCE_CLUSTER: expected 1, 2, 4, 8 or 16, got " +
-                           std::string(text));
+  for (int known : {0, 1, 2, 4, 8}) {
+    if (text == std::to_string(known)) *size = known;
   }
-  *log2 = static_cast<int>(found - std::begin(kSizes));
-  return OkStatus();
+  if (*size >= 0) return OkStatus();
+  return InvalidArgument("jax_flashattn: JFA_FORCE_CLUSTER: expected 0, 1, 2, 4 or 8, got " +
+                         std::string(text));
 }
 
 Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
@@ -466,7 +463,7 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     call->scratch_floats = B * K * floats;
     call->sizes.scratch_floats = call->scratch_floats;
     call->sizes.head_dim_v = Hv;
-    JFA_RETURN_IF_ERROR(ForcedClusterLog2(&call->sizes.forced_cluster_log2));
+    JFA_RETURN_IF_ERROR(ForcedCluster(&call->sizes.forced_cluster));
     call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
   } else if (target == Target::kFwd) {
     ReadOptional(attrs, reader, call);

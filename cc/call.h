@@ -126,9 +126,9 @@ struct Call {
 // The kernel family that tests force: JFA_FORCE_FAMILY is sm80 or sm90; read once.
 Status ForcedFamily(Family* family);
 
-// How many CTAs share a tile of decoding, which tests force: JFA_FORCE_CLUSTER is 1 (no clusters),
-// 2, 4, 8 or 16; read once. -1 if it isn't set, else log2.
-Status ForcedClusterLog2(int* log2);
+// How many CTAs share a tile of decoding, which tests force: JFA_FORCE_CLUSTER is 0 (all share all
+// tiles), 1, 2, 4 or 8; read once. -1 if it isn't set.
+Status ForcedCluster(int* size);
 
 // What a handler runs; kServe decides by its attributes between the two others that it can.
 enum class Target { kFwd, kBwd, kServe };

@@ -27,7 +27,6 @@ inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kFunctionAttributeMaxDynamicSharedSizeBytes = 8;
-inline constexpr int kFunctionAttributeNonPortableClusterSizeAllowed = 14;
 inline constexpr int kLaunchAttributeClusterDimension = 4;
 inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
 

@@ -149,10 +149,10 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
     for (size_t i = 0; i < kernels->compiled.size(); ++i) {
       const jit::CompiledKernel& kernel = *kernels->compiled[i].kernel;
       loaded.emplace_back();
-      JFA_RETURN_IF_ERROR(launch::Load(
-          {kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name, kernel.resources.param_bytes,
-           kernels->plan.kernels[i].smem_bytes, kernels->plan.kernels[i].clusters},
-          &loaded.back()));
+      JFA_RETURN_IF_ERROR(
+          launch::Load({kernel.key, kernel.symbol, kernel.cubin, kernel.arch_name,
+                        kernel.resources.param_bytes, kernels->plan.kernels[i].smem_bytes},
+                       &loaded.back()));
     }
     kernels->loaded = std::move(loaded);
   }
@@ -217,11 +217,11 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
 
 Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodeParams& decode,
                     int multiprocessors, driver::CuStream stream) {
-  const KernelSpec& kernel = kernels.plan.kernels.front();
+  const DecodeShare share = ShareDecode(kernels.plan, call.sizes, multiprocessors);
+  const KernelSpec& kernel = kernels.plan.kernels[share.kernel];
   DecodeParams params = decode;
-  const DecodeShare share = ShareDecode(kernel, call.sizes, multiprocessors);
   params.num_ctas = static_cast<int>(share.ctas);
-  params.cluster_log2 = share.cluster_log2;
+  params.parts_log2 = share.parts_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
     return InvalidArgument(

@@ -50,7 +50,6 @@ Status Load(const KernelImage& image, LoadedKernel** kernel) {
     loaded->symbol = image.symbol;
     loaded->param_bytes = image.param_bytes;
     loaded->smem_bytes = image.smem_bytes;
-    loaded->clusters = image.clusters;
     driver::CuLibrary library;
     const driver::CuResult result = cuda->library_load_data(&library, image.cubin.data(), nullptr,
                                                             nullptr, 0, nullptr, nullptr, 0);
@@ -80,13 +79,6 @@ Status PrepareDevice(LoadedKernel* kernel, int ordinal) {
                       std::to_string(kernel->smem_bytes) +
                       " bytes of dynamic shared memory on device " + std::to_string(ordinal));
     }
-  }
-  if (kernel->clusters) {
-    JFA_RETURN_IF_ERROR(driver::Check(
-        *cuda,
-        cuda->kernel_set_attribute(driver::kFunctionAttributeNonPortableClusterSizeAllowed, 1,
-                                   kernel->handle, ordinal),
-        "cuKernelSetAttribute"));
   }
   kernel->ready_devices.fetch_or(bit, std::memory_order_release);
   return OkStatus();

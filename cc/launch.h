@@ -23,7 +23,6 @@ struct KernelImage {
   std::string_view arch_name;
   int param_bytes;  // size of the kernel's parameters, -1 if not known
   int smem_bytes;   // dynamic shared memory that launches ask for
-  bool clusters;    // launches may ask for clusters of more CTAs than every GPU of its kind allows
 };
 
 // One kernel for all devices of its architecture.
@@ -32,7 +31,6 @@ struct LoadedKernel {
   driver::CuKernel handle = nullptr;
   int param_bytes = -1;
   int smem_bytes = 0;
-  bool clusters = false;
   std::atomic<uint64_t> ready_devices{0};  // bit per ordinal: PrepareDevice was done
 };
 

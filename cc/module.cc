@@ -263,12 +263,12 @@ NB_MODULE(_native, m) {
         problem.scratch_floats = jfa::DecodeScratchFloats(variant, problem);
         problem.head_dim_v = head_dim;
         problem.alike = alike;
-        Raise(jfa::ForcedClusterLog2(&problem.forced_cluster_log2));
+        Raise(jfa::ForcedCluster(&problem.forced_cluster));
         const jfa::Plan plan = jfa::MakePlan(variant, arch);
         if (!plan.error.empty()) throw std::invalid_argument(plan.error);
-        const jfa::DecodeShare share =
-            jfa::ShareDecode(plan.kernels.front(), problem, multiprocessors);
-        return nb::make_tuple(share.ctas, 1 << share.cluster_log2);
+        const jfa::DecodeShare share = jfa::ShareDecode(plan, problem, multiprocessors);
+        const bool parts = share.kernel == jfa::kDecodeParts;
+        return nb::make_tuple(share.ctas, parts ? 1 << share.parts_log2 : 0);
       },
       nb::arg("head_dim"), nb::arg("batch"), nb::arg("num_kv_heads"), nb::arg("group"),
       nb::arg("q_len"), nb::arg("kv_len"), nb::arg("alike"), nb::arg("arch"),

@@ -59,13 +59,14 @@ struct KernelSpec {
   int box_rows_kv = 0;  // with pages at most: a box never spans two
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
-  int input_bytes = 2;    // of an element of q, k and v
-  bool clusters = false;  // its CTAs can share work as clusters, of more than 8 too
+  int input_bytes = 2;  // of an element of q, k and v
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
-// decode: main, combine).
+// decode: by DecodeKernel, of which a call takes the first two or the last).
 // `error` is non-empty, and kernels empty, when nothing supports the variant on that arch.
+enum DecodeKernel { kDecodeStretches, kDecodeCombine, kDecodeParts };
+
 struct Plan {
   std::vector<KernelSpec> kernels;
   std::string error;
@@ -85,8 +86,9 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;            // all its sequences have the same lengths
-  int forced_cluster_log2 = -1;  // of a DecodeShare, 0 for none; -1: as ShareDecode likes it
+  bool alike = false;  // all its sequences have the same lengths
+  int forced_cluster =
+      -1;  // CTAs that share a tile; 0: they share all blocks, -1: ShareDecode chooses
 };
 
 struct Grid {
@@ -106,11 +108,11 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem);
 // Who visits the key blocks of a decode call.
 struct DecodeShare {
-  int64_t ctas = 0;  // 0: the call can't be run
-  // 0: all CTAs share all blocks. Else each 2^cluster_log2 of them, a cluster, share one tile.
-  int cluster_log2 = 0;
+  int64_t ctas = 0;               // 0: the call can't be run
+  int kernel = kDecodeStretches;  // of the plan: that one, or kDecodeParts
+  int parts_log2 = 0;             // kDecodeParts: how many CTAs, a cluster, share one tile
 };
-DecodeShare ShareDecode(const KernelSpec& kernel, const Problem& problem, int multiprocessors);
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors);
 
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.

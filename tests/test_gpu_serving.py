@@ -153,7 +153,7 @@ CLUSTER_CASES = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("cases", CLUSTER_CASES)
 def test_clusters(cases, size, run_python):
     """Clusters of any size may share a tile, or none, whatever the plan would choose."""

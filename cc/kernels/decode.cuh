@@ -72,9 +72,10 @@ struct Decode {
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Cluster = DecodeCluster<C::kRows, C::kHeadDimV, kConsumers>;
-  static_assert(!C::kTma || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
+  static_assert(!C::kParts || C::kTma, "clusters came with the copy engine");
+  static_assert(!C::kParts || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
 
-  using Walk = DecodeWalk<kMask, C::kBlockN>;
+  using Walk = DecodeWalk<kMask, C::kBlockN, C::kParts>;
   using Blocks = typename Walk::Blocks;
   using Ring = RingPosition<C::kStages>;
   using Output = float[1][2 * kOutBlocks][4];
@@ -333,14 +334,14 @@ struct Decode {
     const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
     float* const merge = reinterpret_cast<float*>(smem + kSmemMerge);
     float2* const stats = reinterpret_cast<float2*>(smem + kSmemStats);
-    const bool in_cluster = C::kTma && params.cluster_log2 > 0;
+    const bool in_cluster = C::kParts && params.parts_log2 > 0;
     const auto store = [&](int row, int column, float4 x, float2 total) {
       StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
                             rows.TokenOf(problem, row), column, x, total);
     };
-    const Cluster cluster(SmemAddress(smem), SmemAddress(smem) + kSmemResults, params.cluster_log2,
+    const Cluster cluster(SmemAddress(smem), SmemAddress(smem) + kSmemResults, params.parts_log2,
                           rows.num, problem.head_dim_v);
-    if constexpr (C::kTma) {
+    if constexpr (C::kParts) {
       if (in_cluster) Cluster::Arrive();
     }
     const int row_warp = warp % kRowWarps;
@@ -374,12 +375,12 @@ struct Decode {
       factor[half] =
           Exp2(-softmax.neg_reference[half] - total(16 * row_warp + lane / 4 + 8 * half).x);
     }
-    if constexpr (C::kTma) {
+    if constexpr (C::kParts) {
       if (in_cluster) {
         Cluster::Wait();
-        for (int i = ReadThreadIndex(); i < rows.num << params.cluster_log2; i += kConsumers) {
-          const int row = i >> params.cluster_log2;
-          cluster.SendRow(row, total(row), i - (row << params.cluster_log2));
+        for (int i = ReadThreadIndex(); i < rows.num << params.parts_log2; i += kConsumers) {
+          const int row = i >> params.parts_log2;
+          cluster.SendRow(row, total(row), i - (row << params.parts_log2));
         }
       }
     }
@@ -410,14 +411,14 @@ struct Decode {
               merge + ((row / 16 + kRowWarps * w) * 16 + row % 16) * kMergePitch + i % kGroups * 4);
           x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
         }
-        if constexpr (C::kTma) {
+        if constexpr (C::kParts) {
           if (in_cluster) {
             cluster.SendItem(row, column, x);
             continue;
           }
         }
         const float2 all = total(row);
-        if (partial >= 0) {
+        if (!C::kParts && partial >= 0) {
           if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
           *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
@@ -426,7 +427,7 @@ struct Decode {
         }
       }
     }
-    if constexpr (C::kTma) {
+    if constexpr (C::kParts) {
       if (in_cluster) {
         cluster.Merge(reinterpret_cast<const float2*>(smem),
                       reinterpret_cast<const float4*>(smem + Cluster::kItemsAt), store);
@@ -446,7 +447,7 @@ struct Decode {
       if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
       ring.Advance();
     };
-    if (ReadThreadIndex() == 0 && params.cluster_log2 == 0) {
+    if (!C::kParts && ReadThreadIndex() == 0) {
       const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
       if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
       const int start = walk.begin + walk.tile;
@@ -542,19 +543,19 @@ struct Decode {
 
   static JFA_DEVICE void Run(const DecodeParams& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    if (threadIdx.x == 0) {
-      if constexpr (C::kTma) {
-        TmaPrefetch(&params.k);
-        TmaPrefetch(&params.v);
-      }
-      for (int stage = 0; stage < C::kStages; ++stage) {
+    if (C::kTma && threadIdx.x == 0) {
+      TmaPrefetch(&params.k);
+      TmaPrefetch(&params.v);
+    }
+    // A thread of each warp, because one takes its time for many barriers.
+    if (threadIdx.x % kWarpSize == 0) {
+      const int warp = threadIdx.x / kWarpSize;
+      for (int stage = warp; stage < C::kStages; stage += C::kWarps) {
         MbarrierInit(Full(smem, stage), C::kTma ? 1 : kProducerWarps * kWarpSize);
         MbarrierInit(Empty(smem, stage), kConsumerWarps);
       }
-      if constexpr (C::kTma) {
-        MbarrierInit(smem + kSmemResults, 1);
-        FenceMbarrierInit();
-      }
+      if (C::kParts && warp == 0) MbarrierInit(smem + kSmemResults, 1);
+      if constexpr (C::kTma) FenceMbarrierInit();
     }
     __syncthreads();
     LetKernelBehindStart();

@@ -21,7 +21,7 @@ namespace jfa {
 // Used by kThreads threads of each CTA, from number 0 on; the others have exited or will.
 template <int kRows, int kColumns, int kThreads>
 struct DecodeCluster {
-  static constexpr int kMostCtas = 16;
+  static constexpr int kMostCtas = 8;
   // References and sums [sender][row], then slices [sender][item of four columns].
   static constexpr int kItemsAt = 8 * kMostCtas * kRows;
   static constexpr int kBytes = kItemsAt + 16 * (kRows * kColumns / 4 + kMostCtas);

@@ -12,8 +12,8 @@
 // at most two per CTA: of a tile that began before its stretch (head), and of one that ends after
 // it (tail). The combine kernel merges them, in the order of the CTAs: nothing depends on timing.
 //
-// Where the host sees that equal parts are as good, because sequences are short or all alike, the
-// CTAs of a cluster share each tile (decode_cluster.cuh) and nothing is left to merge.
+// With kParts, each tile is shared equally by the CTAs of a cluster instead (decode_cluster.cuh),
+// and nothing is left to merge: for sequences so short that a second kernel would cost more.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 
@@ -92,7 +92,7 @@ struct DecodeSequence {
 };
 
 // The stretch of one CTA, and the tile that it stands at. Used by whole warps.
-template <MaskKind kMask, int kBlockN>
+template <MaskKind kMask, int kBlockN, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
@@ -105,8 +105,8 @@ struct DecodeWalk {
   JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
     const ProblemParams& p = params.fwd.problem;
     num_units = p.num_kv_heads * params.row_tiles;
-    if (params.cluster_log2 > 0) {
-      TakePart(p, params.cluster_log2, cta);
+    if constexpr (kParts) {
+      TakePart(p, params.parts_log2, cta);
       return;
     }
     const bool alike =
@@ -160,12 +160,12 @@ struct DecodeWalk {
  private:
   // The part of a cluster's CTA in the cluster's tile. It may be empty, but then it isn't the first
   // one, and the walk comes to the tile all the same: somebody waits for its result.
-  JFA_DEVICE void TakePart(const ProblemParams& p, int cluster_log2, int cta) {
-    const int size = 1 << cluster_log2, index = cta >> cluster_log2, rank = cta & (size - 1);
+  JFA_DEVICE void TakePart(const ProblemParams& p, int parts_log2, int cta) {
+    const int size = 1 << parts_log2, index = cta >> parts_log2, rank = cta & (size - 1);
     batch = index / num_units;
     unit = index - batch * num_units;
     const int count = Blocks(p, batch).Count();
-    const auto part_begin = [&](int part) { return (count * part + size - 1) >> cluster_log2; };
+    const auto part_begin = [&](int part) { return (count * part + size - 1) >> parts_log2; };
     tile = -part_begin(rank);
     length = part_begin(rank + 1) + tile;
     begin = total = num_ctas = 0;  // there is no line
