@@ -464,6 +464,7 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     call->sizes.scratch_floats = call->scratch_floats;
     call->sizes.head_dim_v = Hv;
     JFA_RETURN_IF_ERROR(ForcedCluster(&call->sizes.forced_cluster));
+    call->sizes.page_size = paged ? call->page_size : 0;
     call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
   } else if (target == Target::kFwd) {
     ReadOptional(attrs, reader, call);

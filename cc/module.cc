@@ -254,7 +254,7 @@ NB_MODULE(_native, m) {
   m.def(
       "cuda_decode_share",
       [](int head_dim, int64_t batch, int64_t num_kv_heads, int64_t group, int64_t q_len,
-         int64_t kv_len, bool alike, int arch, int multiprocessors) {
+         int64_t kv_len, int64_t page_size, bool alike, int arch, int multiprocessors) {
         jfa::Variant variant{};
         variant.op = jfa::Op::kDecode;
         variant.head_dim = variant.head_dim_v = head_dim;
@@ -262,6 +262,7 @@ NB_MODULE(_native, m) {
         jfa::Problem problem = {batch, num_kv_heads, group, q_len, kv_len, 0};
         problem.scratch_floats = jfa::DecodeScratchFloats(variant, problem);
         problem.head_dim_v = head_dim;
+        problem.page_size = page_size;
         problem.alike = alike;
         Raise(jfa::ForcedCluster(&problem.forced_cluster));
         const jfa::Plan plan = jfa::MakePlan(variant, arch);
@@ -271,7 +272,7 @@ NB_MODULE(_native, m) {
         return nb::make_tuple(share.ctas, parts ? 1 << share.parts_log2 : 0);
       },
       nb::arg("head_dim"), nb::arg("batch"), nb::arg("num_kv_heads"), nb::arg("group"),
-      nb::arg("q_len"), nb::arg("kv_len"), nb::arg("alike"), nb::arg("arch"),
+      nb::arg("q_len"), nb::arg("kv_len"), nb::arg("page_size"), nb::arg("alike"), nb::arg("arch"),
       nb::arg("multiprocessors"));
   m.def("cuda_slope_partials", &jfa::SlopePartials, nb::arg("kv_len"), nb::arg("num_sequences"));
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),

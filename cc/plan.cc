@@ -19,6 +19,7 @@ constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
+constexpr int kMostPartsRows = 32;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
 int TileClass(int head_dim) {
@@ -205,7 +206,8 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
       combine, kCombineRows * 32, 0};
   // Hides what it takes to launch the second kernel.
   second.starts_early = arch >= 90;
-  if (!tma) return {decode, second};
+  // Merging in the cluster takes longer the more rows there are; measured to pay with 16.
+  if (!tma || rows > kMostPartsRows) return {decode, second};
   return {decode, second, MakeDecodeMain(variant, common, info.smem_kb, tma, true)};
 }
 
@@ -421,8 +423,9 @@ int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
 namespace {
 
 // In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
-// and a second kernel that merges are better. Measured on an H100 (docs/performance.md).
-int PickParts(int64_t tiles, int64_t blocks, int multiprocessors) {
+// and a second kernel that merges are better.
+int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, int64_t blocks,
+              int multiprocessors) {
   // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
   // of 14, 16 and 18, which no cluster crosses.
   const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,
@@ -435,11 +438,17 @@ int PickParts(int64_t tiles, int64_t blocks, int multiprocessors) {
     best = log2;
     longest = part;
   }
-  // What one CTA reads while a second kernel merges, and how much faster all of them read than one.
-  constexpr int64_t kMergeBlocks = 6, kAllToOne = 80;
-  constexpr int64_t kLongest =
-      32;  // beyond it memory is the limit, and the clusters' places matter
-  const bool is_short = longest <= kLongest && longest <= kMergeBlocks + tiles * blocks / kAllToOne;
+  // Times in units of 50 ns, measured on an H100 (docs/performance.md). One CTA takes 9 for a
+  // block, but 1 for each copy it orders; all of them together read 8 blocks from L2 in 1; a second
+  // kernel costs 52. Where parts are longer than kLongest memory is the limit, and a cluster's
+  // CTAs, which can't run anywhere, have less of it.
+  constexpr int64_t kLongest = 32, kBlockTime = 9, kBlocksInTime = 8, kMergeTime = 52;
+  const int64_t block_n = Field(kernel, "kBlockN");
+  const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
+  const int64_t copies =
+      boxes * (CeilDiv(Field(kernel, "kHeadDim"), 64) + CeilDiv(Field(kernel, "kHeadDimV"), 64));
+  const bool is_short = longest <= kLongest && longest * std::max(kBlockTime, copies) <=
+                                                   kMergeTime + tiles * blocks / kBlocksInTime;
   return is_short ? best : -1;
 }
 
@@ -452,7 +461,7 @@ DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiproce
   const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
   if (tiles > INT_MAX / blocks) return {};
   if (plan.kernels.size() > kDecodeParts) {
-    int log2 = PickParts(tiles, blocks, multiprocessors);
+    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, blocks, multiprocessors);
     if (problem.forced_cluster >= 0) {
       log2 = -1;
       while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;

@@ -86,7 +86,8 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;  // all its sequences have the same lengths
+  bool alike = false;     // all its sequences have the same lengths
+  int64_t page_size = 0;  // 0: keys aren't in pages
   int forced_cluster =
       -1;  // CTAs that share a tile; 0: they share all blocks, -1: ShareDecode chooses
 };

@@ -28,6 +28,7 @@ def cuda_decode_share(
     group: int,
     q_len: int,
     kv_len: int,
+    page_size: int,
     alike: bool,
     arch: int,
     multiprocessors: int,

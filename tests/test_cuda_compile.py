@@ -215,26 +215,41 @@ def test_kernel_not_cached_error(tmp_path, monkeypatch):
         f.trace(*shapes()).lower(lowering_platforms=("cuda",))
 
 
-def share(B, S, K=8, G=4, D=128, T=1, alike=True, arch=90, multiprocessors=132):
+def share(B, S, K=8, G=4, D=128, T=1, page_size=0, alike=True, arch=90, multiprocessors=132):
     """CTAs of a decode call, and how many of them share a tile (0: all share all tiles)."""
-    return _native.cuda_decode_share(D, B, K, G, T, S, alike, arch, multiprocessors)
+    return _native.cuda_decode_share(D, B, K, G, T, S, page_size, alike, arch, multiprocessors)
 
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_short_caches_are_shared_by_clusters(alike):
+    """As measured to be faster; docs/performance.md."""
     assert share(1, 1024, alike=alike) == (64, 8)
     assert share(1, 8192, alike=alike) == (64, 8)
+    assert share(1, 8192, D=64, alike=alike) == (64, 8)
+    assert share(1, 16384, alike=alike) == (64, 8)
     assert share(8, 4096, alike=alike) == (128, 2)
+    assert share(8, 4096, D=64, alike=alike) == (128, 2)
     assert share(16, 512, alike=alike) == (128, 1)
     assert share(1, 200, K=1, alike=alike) == (4, 4)  # a block each
-    assert share(1, 300, K=1, T=16, G=16, alike=alike) == (16, 8)  # two tiles of 128 rows
+    assert share(1, 1000, K=1, T=2, G=16, alike=alike) == (8, 8)
+    assert share(1, 1000, K=1, T=3, G=16, alike=alike)[1] == 0  # more rows
 
 
-def test_long_caches_and_few_tiles_are_not():
-    for alike in (True, False):
-        assert share(1, 131072, alike=alike) == (264, 0)
-        assert share(4, 32768, alike=alike) == (256, 0)
-        assert share(1, 8192, K=1, alike=alike) == (128, 0)
+def test_small_pages_cost_time():
+    for page_size in (16, 128):
+        assert share(1, 1024, page_size=page_size) == (64, 8)
+        assert share(8, 4096, page_size=page_size) == (128, 2)
+        assert share(16, 512, page_size=page_size) == (128, 1)
+    assert share(1, 8192, page_size=128) == (64, 8)
+    assert share(1, 8192, page_size=16)[1] == 0
+    assert share(4, 2048, page_size=16)[1] == 0
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_long_caches_and_few_tiles_are_not(alike):
+    assert share(1, 131072, alike=alike) == (264, 0)
+    assert share(4, 32768, alike=alike) == (256, 0)
+    assert share(1, 8192, K=1, alike=alike) == (128, 0)
 
 
 @pytest.mark.parametrize(("B", "S"), [(1, 1024), (8, 4096), (1, 131072)])
@@ -264,7 +279,7 @@ def test_forced_clusters(run_python):
         run_python(
             """
             from jax_flashattn import _native
-            _native.cuda_decode_share(128, 1, 8, 4, 1, 999, True, 90, 132)
+            _native.cuda_decode_share(128, 1, 8, 4, 1, 999, 0, True, 90, 132)
             """,
             JFA_FORCE_CLUSTER="3",
         )
