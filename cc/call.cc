@@ -403,6 +403,19 @@ Status ForcedFamily(Family* family) {
                          std::string(name));
 }
 
+Status ForcedCluster(int* size) {
+  static const char* const given = std::getenv("JFA_FORCE_CLUSTER");
+  const std::string_view text = given != nullptr ? given : "";
+  *size = -1;
+  if (text.empty()) return OkStatus();
+  for (int known : {0, 1, 2, 4, 8}) {
+    if (text == std::to_string(known)) *size = known;
+  }
+  if (*size >= 0) return OkStatus();
+  return InvalidArgument("jax_flashattn: JFA_FORCE_CLUSTER: expected 0, 1, 2, 4 or 8, got " +
+                         std::string(text));
+}
+
 Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   const std::string error = CheckAttributes(target, attrs);
   if (!error.empty()) return InvalidArgument("jax_flashattn: " + error);
@@ -456,6 +469,8 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     call->scratch_floats = B * K * floats;
     call->sizes.scratch_floats = call->scratch_floats;
     call->sizes.head_dim_v = Hv;
+    JFA_RETURN_IF_ERROR(ForcedCluster(&call->sizes.forced_cluster));
+    call->sizes.page_size = paged ? call->page_size : 0;
     call->sizes.alike = (attrs.aux & (kQueryOffset | kQLengths | kKvLengths)) == 0;
   } else if (target == Target::kFwd) {
     if (attrs.kv_len != 0 && attrs.kv_len != S) {

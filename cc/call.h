@@ -130,6 +130,10 @@ struct Call {
 // The kernel family that tests force: JFA_FORCE_FAMILY is sm80 or sm90; read once.
 Status ForcedFamily(Family* family);
 
+// How many CTAs share a tile of decoding, which tests force: JFA_FORCE_CLUSTER is 0 (all share all
+// tiles), 1, 2, 4 or 8; read once. -1 if it isn't set.
+Status ForcedCluster(int* size);
+
 // What a handler runs; kServe decides by its attributes between the two others that it can.
 enum class Target { kFwd, kBwd, kServe };
 

@@ -27,6 +27,7 @@ inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kFunctionAttributeMaxDynamicSharedSizeBytes = 8;
+inline constexpr int kLaunchAttributeClusterDimension = 4;
 inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
 
 struct CuLaunchAttribute {
@@ -35,6 +36,7 @@ struct CuLaunchAttribute {
   union {
     char bytes[64];
     int number;
+    unsigned int extents[3];
   } value;
 };
 static_assert(sizeof(CuLaunchAttribute) == 72, "the driver steps through an array of these");

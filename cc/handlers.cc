@@ -171,9 +171,11 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
     const Grid grid =
         MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
+    const KernelSpec& kernel = kernels.plan.kernels[i];
     JFA_RETURN_IF_ERROR(launch::Launch(
-        *kernels.loaded[i], {grid.x, grid.y, grid.z}, kernels.plan.kernels[i].threads,
-        kernels.plan.kernels[i].starts_early, stream, &params, sizeof(params)));
+        *kernels.loaded[i],
+        {{grid.x, grid.y, grid.z}, kernel.threads, grid.cluster, kernel.starts_early}, stream,
+        &params, sizeof(params)));
   }
   return OkStatus();
 }
@@ -215,9 +217,11 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
 
 Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodeParams& decode,
                     int multiprocessors, driver::CuStream stream) {
-  const KernelSpec& kernel = kernels.plan.kernels.front();
+  const DecodeShare share = ShareDecode(kernels.plan, call.sizes, multiprocessors);
+  const KernelSpec& kernel = kernels.plan.kernels[share.kernel];
   DecodeParams params = decode;
-  params.num_ctas = static_cast<int>(DecodeCtas(kernel, call.sizes, multiprocessors));
+  params.num_ctas = static_cast<int>(share.ctas);
+  params.parts_log2 = share.parts_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
     return InvalidArgument(

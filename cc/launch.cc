@@ -84,8 +84,8 @@ Status PrepareDevice(LoadedKernel* kernel, int ordinal) {
   return OkStatus();
 }
 
-Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_early,
-              driver::CuStream stream, const void* params, size_t param_bytes) {
+Status Launch(const LoadedKernel& kernel, const LaunchShape& shape, driver::CuStream stream,
+              const void* params, size_t param_bytes) {
   // The driver copies as many bytes as the kernel declares, wherever they come from.
   if (kernel.param_bytes >= 0 && static_cast<size_t>(kernel.param_bytes) != param_bytes) {
     return Internal("jax_flashattn: " + kernel.symbol + " takes " +
@@ -94,20 +94,29 @@ Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_ea
   }
   const Cuda* cuda;
   JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  const Dim3& grid = shape.grid;
   driver::CuLaunchConfig config{};
   config.grid_x = grid.x;
   config.grid_y = grid.y;
   config.grid_z = grid.z;
-  config.block_x = static_cast<unsigned int>(threads);
+  config.block_x = static_cast<unsigned int>(shape.threads);
   config.block_y = 1;
   config.block_z = 1;
   config.shared_bytes = static_cast<unsigned int>(kernel.smem_bytes);
   config.stream = stream;
-  driver::CuLaunchAttribute early{};
-  early.id = driver::kLaunchAttributeProgrammaticStreamSerialization;
-  early.value.number = 1;
-  config.attributes = &early;
-  config.num_attributes = starts_early ? 1 : 0;
+  driver::CuLaunchAttribute attributes[2] = {};
+  config.attributes = attributes;
+  if (shape.starts_early) {
+    driver::CuLaunchAttribute& early = attributes[config.num_attributes++];
+    early.id = driver::kLaunchAttributeProgrammaticStreamSerialization;
+    early.value.number = 1;
+  }
+  if (shape.cluster > 1) {
+    driver::CuLaunchAttribute& cluster = attributes[config.num_attributes++];
+    cluster.id = driver::kLaunchAttributeClusterDimension;
+    cluster.value.extents[0] = shape.cluster;
+    cluster.value.extents[1] = cluster.value.extents[2] = 1;
+  }
   void* arguments[] = {const_cast<void*>(params)};
   const driver::CuResult result =
       cuda->launch_kernel_ex(&config, kernel.handle, arguments, nullptr);
@@ -115,7 +124,8 @@ Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_ea
   const Status status = driver::Check(*cuda, result, "cuLaunchKernelEx");
   return Internal(status.message() + " on " + kernel.symbol + ": grid " + std::to_string(grid.x) +
                   "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z) + ", " +
-                  std::to_string(threads) + " threads, " + std::to_string(kernel.smem_bytes) +
+                  std::to_string(shape.threads) + " threads, clusters of " +
+                  std::to_string(shape.cluster) + ", " + std::to_string(kernel.smem_bytes) +
                   " bytes of shared memory");
 }
 

@@ -44,11 +44,17 @@ struct Dim3 {
   uint32_t x, y, z;
 };
 
+struct LaunchShape {
+  Dim3 grid;
+  int threads;
+  uint32_t cluster;   // CTAs that follow each other along x and run at the same time; 1: none
+  bool starts_early;  // it needn't wait for the end of the kernel before it (sm_90)
+};
+
 // Enqueues the kernel with `params` as its one argument, copied before this returns. Allocates and
-// waits for nothing, so it may run while a CUDA graph is captured. `starts_early`: it needn't wait
-// for the end of the kernel before it (sm_90).
-Status Launch(const LoadedKernel& kernel, Dim3 grid, int threads, bool starts_early,
-              driver::CuStream stream, const void* params, size_t param_bytes);
+// waits for nothing, so it may run while a CUDA graph is captured.
+Status Launch(const LoadedKernel& kernel, const LaunchShape& shape, driver::CuStream stream,
+              const void* params, size_t param_bytes);
 
 // What a kernel with tensor maps needs to know of a tensor. Boxes are 128 bytes of `box_rows` rows
 // of one (batch, head), and lie in shared memory under the 128-byte swizzle.

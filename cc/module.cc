@@ -271,6 +271,29 @@ NB_MODULE(_native, m) {
       },
       nb::arg("batch"), nb::arg("num_kv_heads"), nb::arg("group"), nb::arg("q_len"),
       nb::arg("kv_len"), nb::arg("head_dim_v"));
+  m.def(
+      "cuda_decode_share",
+      [](int head_dim, int64_t batch, int64_t num_kv_heads, int64_t group, int64_t q_len,
+         int64_t kv_len, int64_t page_size, bool alike, int arch, int multiprocessors) {
+        jfa::Variant variant{};
+        variant.op = jfa::Op::kDecode;
+        variant.head_dim = variant.head_dim_v = head_dim;
+        variant.rows = group * q_len;
+        jfa::Problem problem = {batch, num_kv_heads, group, q_len, kv_len, 0};
+        problem.scratch_floats = jfa::DecodeScratchFloats(variant, problem);
+        problem.head_dim_v = head_dim;
+        problem.page_size = page_size;
+        problem.alike = alike;
+        Raise(jfa::ForcedCluster(&problem.forced_cluster));
+        const jfa::Plan plan = jfa::MakePlan(variant, arch);
+        if (!plan.error.empty()) throw std::invalid_argument(plan.error);
+        const jfa::DecodeShare share = jfa::ShareDecode(plan, problem, multiprocessors);
+        const bool parts = share.kernel == jfa::kDecodeParts;
+        return nb::make_tuple(share.ctas, parts ? 1 << share.parts_log2 : 0);
+      },
+      nb::arg("head_dim"), nb::arg("batch"), nb::arg("num_kv_heads"), nb::arg("group"),
+      nb::arg("q_len"), nb::arg("kv_len"), nb::arg("page_size"), nb::arg("alike"), nb::arg("arch"),
+      nb::arg("multiprocessors"));
   m.def("cuda_slope_partials", &jfa::SlopePartials, nb::arg("kv_len"), nb::arg("num_sequences"));
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),

@@ -18,6 +18,8 @@ constexpr int kMinArch = 80;
 constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
+constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
+constexpr int kMostPartsRows = 32;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
 int TileClass(int head_dim) {
@@ -43,6 +45,13 @@ TileClasses ClassesOf(const Variant& variant) {
 }
 
 using Fields = std::vector<std::pair<std::string, std::string>>;
+
+int64_t Field(const KernelSpec& kernel, const std::string& name) {
+  for (const auto& field : kernel.config) {
+    if (field.first == name) return std::atoll(field.second.c_str());
+  }
+  return 0;
+}
 
 void AddInt(Fields* fields, const char* name, int64_t value) {
   fields->emplace_back(name, std::to_string(value));
@@ -165,6 +174,26 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
           tile.block_n};
 }
 
+// `parts`: the kernel whose clusters share tiles; it runs alone on a multiprocessor, where more
+// shared memory keeps more copies in flight.
+KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem_kb, bool tma,
+                          bool parts) {
+  const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant,
+                                         tma, parts, smem_kb);
+  const int warps = (tile.rows <= 64 ? 4 : 8) + (tma ? 1 : 4);
+  Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
+  AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
+  AddInt(&fields, "kRows", tile.rows);
+  AddBool(&fields, "kTma", tma);
+  AddBool(&fields, "kParts", parts);
+  KernelSpec kernel = {"decode.cuh",
+                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + "_r" +
+                           std::to_string(tile.rows) + (parts ? "_parts" : ""),
+                       fields, warps * 32, tile.smem};
+  if (tma) kernel.box_rows_kv = tile.block_n;
+  return kernel;
+}
+
 // The copy engine wants 16-byte rows, and so does everybody who copies 16 bytes at a time: what
 // isn't aligned goes to the forward kernels.
 std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const ArchInfo& info,
@@ -172,30 +201,22 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   common.head_dim = std::max(common.head_dim, 64);
   common.head_dim_v = std::max(common.head_dim_v, 64);
   const bool tma = arch == 90 && variant.family != Family::kSm80;
-  const DecodeTile tile =
-      PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant, tma, info.smem_kb);
-  const int warps = (tile.rows <= 64 ? 4 : 8) + (tma ? 1 : 4);
-  Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
-  AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
-  AddInt(&fields, "kRows", tile.rows);
-  AddBool(&fields, "kTma", tma);
-  const std::string rows = "_r" + std::to_string(tile.rows);
-  KernelSpec decode = {"decode.cuh",
-                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + rows, fields,
-                       warps * 32, tile.smem};
-  if (tma) decode.box_rows_kv = tile.block_n;
-  // Hides what it takes to launch the second kernel.
-  const bool starts_early = arch >= 90;
+  const KernelSpec decode = MakeDecodeMain(variant, common, info.smem_kb, tma, false);
+  const int rows = static_cast<int>(Field(decode, "kRows"));
   Fields combine;
   AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
-  AddInt(&combine, "kRows", tile.rows);
+  AddInt(&combine, "kRows", rows);
   AddInt(&combine, "kWarps", kCombineRows);
   AddInt(&combine, "kMinBlocks", 1);
-  KernelSpec second = {"decode_combine.cuh",
-                       std::string("jfa_decode_combine_") + Name(variant.dtype) + rows, combine,
-                       kCombineRows * 32, 0};
-  second.starts_early = starts_early;
-  return {decode, second};
+  KernelSpec second = {
+      "decode_combine.cuh",
+      std::string("jfa_decode_combine_") + Name(variant.dtype) + "_r" + std::to_string(rows),
+      combine, kCombineRows * 32, 0};
+  // Hides what it takes to launch the second kernel.
+  second.starts_early = arch >= 90;
+  // Merging in the cluster takes longer the more rows there are; measured to pay with 16.
+  if (!tma || rows > kMostPartsRows) return {decode, second};
+  return {decode, second, MakeDecodeMain(variant, common, info.smem_kb, tma, true)};
 }
 
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -244,13 +265,6 @@ std::string CheckHeadDim(const char* name, int head_dim) {
   if (head_dim >= 1 && head_dim <= 256) return "";
   return std::string(name) + ": expected 1 to 256 for the CUDA kernels, got " +
          std::to_string(head_dim);
-}
-
-int64_t Field(const KernelSpec& kernel, const std::string& name) {
-  for (const auto& field : kernel.config) {
-    if (field.first == name) return std::atoll(field.second.c_str());
-  }
-  return 0;
 }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -356,14 +370,17 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
               int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[index];
   if (variant.op == Op::kDecode) {
-    const int64_t ctas = DecodeCtas(plan.kernels.front(), problem, multiprocessors);
-    if (index == 0) return {static_cast<uint32_t>(ctas), 1, 1};
+    const DecodeShare share = ShareDecode(plan, problem, multiprocessors);
+    const uint32_t ctas = static_cast<uint32_t>(share.ctas);
+    if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
     const int64_t tiles =
         problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
-    if (problem.alike && ctas > 0 && tiles % ctas == 0) return {0, 1, 1};  // nobody shares a tile
+    const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
+    if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
     const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
-    return {static_cast<uint32_t>(std::max<int64_t>(ctas - 1, 0) * CeilDiv(rows, kCombineRows)), 1,
-            1};
+    return {
+        static_cast<uint32_t>(std::max<int64_t>(share.ctas - 1, 0) * CeilDiv(rows, kCombineRows)),
+        1, 1};
   }
   const int64_t kv_heads = problem.batch * problem.num_kv_heads;
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
@@ -436,28 +453,74 @@ int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
   return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
 }
 
-int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors) {
-  const int64_t rows = problem.q_len * problem.group;
-  if (rows == 0) return 0;
+namespace {
+
+// In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
+// and a second kernel that merges are better.
+int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, int64_t blocks,
+              int multiprocessors) {
+  // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
+  // of 14, 16 and 18, which no cluster crosses.
+  const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,
+                          multiprocessors * 3 / 4};
+  int best = -1;
+  int64_t longest = 0;
+  for (int log2 = 0; log2 <= kMostPartsLog2; ++log2) {
+    const int64_t part = CeilDiv(blocks, int64_t{1} << log2);
+    if (tiles << log2 > most[log2] || (best >= 0 && part == longest)) break;
+    best = log2;
+    longest = part;
+  }
+  // Times in units of 50 ns, measured on an H100 (docs/performance.md). One CTA takes 9 for a
+  // block, but 1 for each copy it orders; all of them together read 8 blocks from L2 in 1; a second
+  // kernel costs 52. Where parts are longer than kLongest memory is the limit, and a cluster's
+  // CTAs, which can't run anywhere, have less of it.
+  constexpr int64_t kLongest = 32, kBlockTime = 9, kBlocksInTime = 8, kMergeTime = 52;
+  const int64_t block_n = Field(kernel, "kBlockN");
+  const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
+  const int64_t copies =
+      boxes * (CeilDiv(Field(kernel, "kHeadDim"), 64) + CeilDiv(Field(kernel, "kHeadDimV"), 64));
+  const bool is_short = longest <= kLongest && longest * std::max(kBlockTime, copies) <=
+                                                   kMergeTime + tiles * blocks / kBlocksInTime;
+  return is_short ? best : -1;
+}
+
+}  // namespace
+
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
+  const KernelSpec& kernel = plan.kernels[kDecodeStretches];
+  if (problem.q_len * problem.group == 0) return {};
   const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
   const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
-  if (tiles > INT_MAX / blocks) return 0;
+  if (tiles > INT_MAX / blocks) return {};
+  if (plan.kernels.size() > kDecodeParts) {
+    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, blocks, multiprocessors);
+    if (problem.forced_cluster >= 0) {
+      log2 = -1;
+      while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;
+    }
+    if (log2 >= 0 && tiles <= INT_MAX >> log2) return {tiles << log2, kDecodeParts, log2};
+  }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
   const int64_t ctas =
       std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
-  if (ctas < tiles) return ctas;
+  if (ctas < tiles) {
+    // Whole tiles need no merging: worth a few idle multiprocessors.
+    const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
+    const bool divides = whole * each == tiles && whole * 10 >= ctas * 9;
+    return {problem.alike && divides ? whole : ctas};
+  }
   // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
   // merging.
   constexpr int64_t kShort = 32;
   if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
       Field(kernel, "kRows") == 16) {
-    return tiles;
+    return {tiles};
   }
-  // Equal parts of tiles need less merging: worth a few idle multiprocessors. No more of them than
-  // make the longest one shorter.
+  // Equal parts of tiles need less merging. No more of them than make the longest one shorter.
   const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
-  return tiles * CeilDiv(blocks, longest);
+  return {tiles * CeilDiv(blocks, longest)};
 }
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {

@@ -74,8 +74,10 @@ struct KernelSpec {
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
-// decode: main, combine).
+// decode: by DecodeKernel, of which a call takes the first two or the last).
 // `error` is non-empty, and kernels empty, when nothing supports the variant on that arch.
+enum DecodeKernel { kDecodeStretches, kDecodeCombine, kDecodeParts };
+
 struct Plan {
   std::vector<KernelSpec> kernels;
   std::string error;
@@ -95,11 +97,15 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;  // all its sequences have the same lengths
+  bool alike = false;     // all its sequences have the same lengths
+  int64_t page_size = 0;  // 0: keys aren't in pages
+  int forced_cluster =
+      -1;  // CTAs that share a tile; 0: they share all blocks, -1: ShareDecode chooses
 };
 
 struct Grid {
   uint32_t x, y, z;
+  uint32_t cluster = 1;  // so many CTAs that follow each other run at the same time
 };
 // Grid of kernel `index` of the plan on a GPU with that many multiprocessors. Any zero extent
 // means: nothing to launch.
@@ -115,8 +121,13 @@ bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem&
 
 // Tiles of a decode call's queries of one key head.
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem);
-// How many CTAs share the key blocks of a decode call.
-int64_t DecodeCtas(const KernelSpec& kernel, const Problem& problem, int multiprocessors);
+// Who visits the key blocks of a decode call.
+struct DecodeShare {
+  int64_t ctas = 0;               // 0: the call can't be run
+  int kernel = kDecodeStretches;  // of the plan: that one, or kDecodeParts
+  int parts_log2 = 0;             // kDecodeParts: how many CTAs, a cluster, share one tile
+};
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors);
 
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.

@@ -172,7 +172,7 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
 }
 
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
-                          bool tma, int smem_kb) {
+                          bool tma, bool alone, int smem_kb) {
   constexpr int kMostStages = 16, kLeastStages = 3;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
   const int most_panels = std::max(panels, panels_v);
@@ -185,13 +185,13 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   while (tile_rows < std::min<int64_t>(rows, most_rows)) tile_rows *= 2;
   const bool needs_registers = tile_rows > 16 && (variant.softcap || variant.alibi);
   const int min_blocks =
-      narrow && tile_rows <= 64 && (most_panels == 1 || !needs_registers) ? 2 : 1;
+      !alone && narrow && tile_rows <= 64 && (most_panels == 1 || !needs_registers) ? 2 : 1;
   // Each CTA pays 1 KB more to the system.
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
   for (;; tile_rows *= 2) {
     const int warps = tile_rows <= 64 ? 4 : 8;
-    // Q, the buffer through which outputs are merged, and the rows' sums.
-    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps;
+    // Q, the buffer through which outputs are merged, the rows' sums, and a barrier of clusters.
+    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
     const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);

@@ -51,8 +51,9 @@ struct DecodeTile {
   int rows, block_n, stages, smem, min_blocks;
 };
 
+// `alone`: with all of a multiprocessor's shared memory.
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
-                          bool tma, int smem_kb);
+                          bool tma, bool alone, int smem_kb);
 
 }  // namespace jfa
 

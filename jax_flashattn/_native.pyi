@@ -21,6 +21,18 @@ def cuda_bwd_scratch_floats(
 def cuda_decode_scratch_floats(
     batch: int, num_kv_heads: int, group: int, q_len: int, kv_len: int, head_dim_v: int
 ) -> int: ...
+def cuda_decode_share(
+    head_dim: int,
+    batch: int,
+    num_kv_heads: int,
+    group: int,
+    q_len: int,
+    kv_len: int,
+    page_size: int,
+    alike: bool,
+    arch: int,
+    multiprocessors: int,
+) -> tuple[int, int]: ...
 def cuda_slope_partials(kv_len: int, num_sequences: int) -> int: ...
 def cuda_explain(
     op: str,

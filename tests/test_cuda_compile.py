@@ -217,13 +217,84 @@ def test_kernel_not_cached_error(tmp_path, monkeypatch):
         f.trace(*shapes()).lower(lowering_platforms=("cuda",))
 
 
+def share(B, S, K=8, G=4, D=128, T=1, page_size=0, alike=True, arch=90, multiprocessors=132):
+    """CTAs of a decode call, and how many of them share a tile (0: all share all tiles)."""
+    return _native.cuda_decode_share(D, B, K, G, T, S, page_size, alike, arch, multiprocessors)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_short_caches_are_shared_by_clusters(alike):
+    """As measured to be faster; docs/performance.md."""
+    assert share(1, 1024, alike=alike) == (64, 8)
+    assert share(1, 8192, alike=alike) == (64, 8)
+    assert share(1, 8192, D=64, alike=alike) == (64, 8)
+    assert share(1, 16384, alike=alike) == (64, 8)
+    assert share(8, 4096, alike=alike) == (128, 2)
+    assert share(8, 4096, D=64, alike=alike) == (128, 2)
+    assert share(16, 512, alike=alike) == (128, 1)
+    assert share(1, 200, K=1, alike=alike) == (4, 4)  # a block each
+    assert share(1, 1000, K=1, T=2, G=16, alike=alike) == (8, 8)
+    assert share(1, 1000, K=1, T=3, G=16, alike=alike)[1] == 0  # more rows
+
+
+def test_small_pages_cost_time():
+    for page_size in (16, 128):
+        assert share(1, 1024, page_size=page_size) == (64, 8)
+        assert share(8, 4096, page_size=page_size) == (128, 2)
+        assert share(16, 512, page_size=page_size) == (128, 1)
+    assert share(1, 8192, page_size=128) == (64, 8)
+    assert share(1, 8192, page_size=16)[1] == 0
+    assert share(4, 2048, page_size=16)[1] == 0
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_long_caches_and_few_tiles_are_not(alike):
+    assert share(1, 131072, alike=alike) == (264, 0)
+    assert share(4, 32768, alike=alike) == (256, 0)
+    assert share(1, 8192, K=1, alike=alike) == (128, 0)
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1024), (8, 4096), (1, 131072)])
+@pytest.mark.parametrize("arch", [80, 86, 100, 120])
+def test_only_hopper_has_clusters(B, S, arch):
+    assert share(B, S, arch=arch)[1] == 0
+
+
+def test_whole_tiles_are_not_cut():
+    assert share(128, 2048) == (256, 0)  # four each
+    assert share(128, 2048, alike=False) == (264, 0)
+
+
+@pytest.mark.parametrize("multiprocessors", [16, 114, 132])
+def test_clusters_run_at_the_same_time(multiprocessors):
+    for B, K, S in itertools.product((1, 3, 16, 50), (1, 8), (1, 64, 100, 3000, 10**6)):
+        ctas, cluster = share(B, S, K=K, multiprocessors=multiprocessors)
+        assert cluster in (0, 1, 2, 4, 8)
+        if cluster > 0:
+            assert ctas == B * K * cluster <= multiprocessors
+            blocks = -(-S // 64)
+            assert cluster < 2 * blocks and -(-blocks // cluster) <= 32
+
+
+def test_forced_clusters(run_python):
+    with pytest.raises(AssertionError, match="JFA_FORCE_CLUSTER: expected 0, 1, 2, 4 or 8, got 3"):
+        run_python(
+            """
+            from jax_flashattn import _native
+            _native.cuda_decode_share(128, 1, 8, 4, 1, 999, 0, True, 90, 132)
+            """,
+            JFA_FORCE_CLUSTER="3",
+        )
+
+
 def test_explain_shows_decoding():
     q, k = (
         jax.ShapeDtypeStruct((2, n, heads, 128), jnp.bfloat16) for n, heads in ((1, 8), (999, 2))
     )
     explanation = explain(q, k, k, platform="cuda", arch=90)
-    assert [kernel["symbol"] for kernel in explanation.kernels[:2]] == [
+    assert [kernel["symbol"] for kernel in explanation.kernels[:3]] == [
         "jfa_decode_sm90_bf16_d128_full_r16",
         "jfa_decode_combine_bf16_r16",
+        "jfa_decode_sm90_bf16_d128_full_r16_parts",
     ]
     assert explanation.variants[0]["rows"] == 4

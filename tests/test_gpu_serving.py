@@ -1,6 +1,7 @@
 """Decoding and paged attention on a GPU against the float64 oracle: `pytest -m gpu`."""
 
 import re
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,55 @@ def test_families(family, run_python):
     )
 
 
+# Fewer blocks of keys than a cluster has CTAs, empty sequences, windows, all page sizes, several
+# tiles of rows, all tile classes.
+CLUSTER_CASES = {
+    "lengths": """
+        for S in (1, 63, 65, 300, 4097):
+            t.test_key_lengths(S)
+        t.test_mixed_lengths(33)
+        t.test_numbers_out_of_range_are_clamped()
+        t.test_bitwise_repeatable()
+        """,
+    "pages": """
+        lengths = [700, 0, 257, 1, 64]
+        q, k, v = oracle.make_inputs(9, 5, 2, 700, 8, 2, 128, 128, jnp.bfloat16)[:3]
+        sinks = np.linspace(-2, 2, 8, dtype=np.float32)
+        window = dict(local_window_size=(100, 0), sink_tokens=5, sinks=sinks)
+        for page_size in (8, 16, 32, 64, 128, 256):
+            for layout in ("NHD", "HND"):
+                cache = pages.make_cache(k, v, lengths, page_size=page_size, layout=layout)
+                pages.check(q, k, v, lengths, cache)
+            pages.check(q, k, v, lengths, cache, logits_soft_cap=5.0, **window)
+        """,
+    "tiles": """
+        for heads in ((24, 1), (128, 1)):
+            for T in (1, 5):
+                t.test_rows_of_a_key_head(heads, T)
+        for dims in (40, 64, 256, (192, 128), (64, 128)):
+            t.test_head_dims(dims, jnp.float16)
+        """,
+    "any": """
+        for seed in range(12):
+            t.test_any_decoding(seed)
+        for seed in range(24):
+            t.test_any_paged_call(seed)
+        """,
+}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("cases", CLUSTER_CASES)
+def test_clusters(cases, size, run_python):
+    """Clusters of any size may share a tile, or none, whatever the plan would choose."""
+    modules = "import jax.numpy as jnp, numpy as np, oracle, pages, test_gpu_serving as t\n"
+    run_python(
+        modules + textwrap.dedent(CLUSTER_CASES[cases]),
+        JAX_PLATFORMS="cuda",
+        JFA_FORCE_CLUSTER=str(size),
+    )
+
+
 def test_numbers_out_of_range_are_clamped():
     pages.check_clamped(*oracle.make_inputs(6, 3, 1, 64, 4, 2, 64, 64, jnp.bfloat16)[:3])
 
@@ -156,20 +206,21 @@ def test_generation_in_a_scan():
     assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1
 
 
-def test_captured_into_a_cuda_graph(tmp_path, run_python):
-    """Command buffers hold both kernels of a decoding step; replays give what launches give."""
+@pytest.mark.parametrize("S", [700, 30000], ids=["a cluster", "two kernels"])
+def test_captured_into_a_cuda_graph(S, tmp_path, run_python):
+    """Command buffers hold the kernels of a decoding step; replays give what launches give."""
     run_python(
-        """
+        f"""
         import jax, jax.numpy as jnp, numpy as np, oracle
         from jax_flashattn import attention
-        q, k, v, _, _ = oracle.make_inputs(0, 2, 1, 3000, 8, 2, 128, 128, jnp.bfloat16)
+        q, k, v, _, _ = oracle.make_inputs(0, 2, 1, {S}, 8, 2, 128, 128, jnp.bfloat16)
         def f(q):
             for _ in range(8):
                 q = attention(q, k, v)
             return q
         graph = jax.jit(f)
         launches = jax.jit(f).lower(q).compile(
-            compiler_options={"xla_gpu_enable_command_buffer": ""})
+            compiler_options={{"xla_gpu_enable_command_buffer": ""}})
         expected = np.asarray(launches(q), np.float32)
         for _ in range(20):
             np.testing.assert_array_equal(np.asarray(graph(q), np.float32), expected)

@@ -52,7 +52,7 @@ class Scratch {
  public:
   bool Allocate(int workers, size_t floats) {
     for (int i = 0; i < workers; ++i) {
-      const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+      const size_t bytes = (floats * sizeof(float) + 64) / 64 * 64;  // never 0
       blocks_.emplace_back(static_cast<float*>(std::aligned_alloc(64, bytes)));
       if (!blocks_.back()) return false;
     }
@@ -192,6 +192,77 @@ int RowTilesPerTask(const Problem& p, const std::vector<Sequence>& sequences, in
   return static_cast<int>(n);
 }
 
+// Tasks, some of which visit a part of their keys, and the merges that these call for.
+struct SplitTasks {
+  std::vector<Task> tasks;
+  std::vector<Merge> merges;
+  int64_t num_partials = 0;
+
+  void KeepPartialsAt(float* memory, size_t floats_each) {
+    auto merge = merges.begin();
+    int64_t part = 0;
+    for (Task& task : tasks) {
+      if (task.key_end == INT64_MAX) continue;
+      if (part == 0) merge->partials = memory;
+      task.partial = memory;
+      memory += floats_each;
+      if (++part == merge->num_parts) {
+        part = 0;
+        ++merge;
+      }
+    }
+  }
+};
+
+// The keys that some row of a sequence sees, from the first to the last.
+struct Keys {
+  int64_t begin, end;
+};
+
+Keys AllVisibleKeys(const Problem& p, const Sequence& seq) {
+  RowSpan span = RowSpan::Empty();
+  for (int64_t t = 0; t < seq.q_len; ++t) {
+    const KeyRange keys = VisibleKeys(p, seq, t);
+    if (keys.lo < keys.hi) span.AddRow(keys);
+  }
+  return span.hi > 0 ? Keys{span.First(), span.hi} : Keys{0, 0};
+}
+
+// Decoding may have fewer (sequence, key head) than there are workers: where there are few row
+// tiles, and a sequence has one, its keys are shared out too. Into how many parts depends on sizes
+// alone, so that results are the same bits on any number of workers.
+SplitTasks SplitKeys(const Problem& p, const std::vector<Sequence>& sequences,
+                     const std::vector<Task>& tasks) {
+  constexpr int64_t kMostTasks = 256, kLeastKeys = 1024;
+  int64_t tiles = 0;
+  for (const Sequence& seq : sequences) tiles += p.num_kv_heads * seq.num_row_tiles;
+  SplitTasks split;
+  for (const Task& task : tasks) {
+    int64_t num_parts = 1, part_keys = 0;
+    Keys keys = {0, 0};
+    if (task.sequence->num_row_tiles == 1 && 2 * tiles <= kMostTasks) {
+      keys = AllVisibleKeys(p, *task.sequence);
+      const int64_t num_keys = keys.end - keys.begin;
+      const int64_t least = std::max(kLeastKeys, CeilDiv(num_keys, kMostTasks / tiles));
+      part_keys = CeilDiv(least, kFwdKeyBlock) * kFwdKeyBlock;
+      num_parts = CeilDiv(num_keys, part_keys);
+    }
+    if (num_parts < 2) {
+      split.tasks.push_back(task);
+      continue;
+    }
+    split.merges.push_back({task, nullptr, num_parts});
+    split.num_partials += num_parts;
+    for (int64_t i = 0; i < num_parts; ++i) {
+      Task part = task;
+      part.key_begin = keys.begin + i * part_keys;
+      part.key_end = part.key_begin + part_keys;
+      split.tasks.push_back(part);
+    }
+  }
+  return split;
+}
+
 // Whether whole heads as tasks keep the workers busy. Going by rows and by keys instead costs
 // seven products for five.
 bool KeepBusy(const std::vector<Task>& head_tasks, int workers) {
@@ -219,13 +290,20 @@ bool Forward(const FwdArgs& args, Executor& executor) {
   const int workers = executor.num_workers();
   const std::vector<Sequence> sequences = MakeSequences(p);
   const int row_tiles = RowTilesPerTask(p, sequences, workers);
-  const std::vector<Task> tasks =
-      MakeTasks(p, sequences, Axis::kRows, int64_t{row_tiles} * kRowTile);
-  if (tasks.empty()) return true;
-  Scratch scratch;
-  if (!scratch.Allocate(workers, kernels.forward_scratch_floats(p, row_tiles))) return false;
-  executor.ParallelFor(tasks.size(), [&](int worker, int64_t task) {
-    kernels.forward(args, tasks[task], scratch[worker]);
+  SplitTasks split =
+      SplitKeys(p, sequences, MakeTasks(p, sequences, Axis::kRows, int64_t{row_tiles} * kRowTile));
+  if (split.tasks.empty()) return true;
+  Scratch scratch, partials;
+  if (!scratch.Allocate(workers, kernels.forward_scratch_floats(p, row_tiles)) ||
+      !partials.Allocate(1, split.num_partials * kernels.forward_partial_floats(p))) {
+    return false;
+  }
+  split.KeepPartialsAt(partials[0], kernels.forward_partial_floats(p));
+  executor.ParallelFor(split.tasks.size(), [&](int worker, int64_t task) {
+    kernels.forward(args, split.tasks[task], scratch[worker]);
+  });
+  executor.ParallelFor(split.merges.size(), [&](int worker, int64_t merge) {
+    kernels.merge(args, split.merges[merge], scratch[worker]);
   });
   return true;
 }

@@ -26,7 +26,7 @@
 
 namespace jfa::cpu::JFA_ISA_NAMESPACE {
 
-constexpr int kKeyBlock = 64;
+constexpr int kKeyBlock = kFwdKeyBlock;
 
 // Softmax state of one row tile, and its O^T.
 struct FwdTile {
@@ -206,6 +206,57 @@ static void StoreResults(const FwdArgs& args, const FwdTile& tile) {
   StoreTransposed(tile.o, rows.num_lanes, hv, factors, out);
 }
 
+// What a task that visits a part of the keys leaves: maxima, sums, O^T.
+static size_t ForwardPartialFloats(const Problem& p) {
+  return 2 * kRowTile + static_cast<size_t>(p.head_dim_v) * FwdLanes(p);
+}
+
+static void SavePartial(const Problem& p, const FwdTile& tile, float* partial) {
+  const size_t floats = static_cast<size_t>(p.head_dim_v) * tile.rows.num_lanes;
+  __builtin_memcpy(partial, tile.max, sizeof(tile.max));
+  __builtin_memcpy(partial + kRowTile, tile.sum, sizeof(tile.sum));
+  partial += 2 * kRowTile;
+  if (tile.started) {
+    __builtin_memcpy(partial, tile.o, floats * sizeof(float));
+  } else {
+    __builtin_memset(partial, 0, floats * sizeof(float));
+  }
+}
+
+// Results of a row tile from those of all parts of its keys, in their order.
+template <class T>
+static void MergeTask(const FwdArgs& args, const Merge& merge, float* scratch) {
+  const Problem& p = args.problem;
+  const Task& task = merge.task;
+  FwdTile* tile = reinterpret_cast<FwdTile*>(scratch);
+  MakeRowTile(p, *task.sequence, task.kv_head, task.begin, task.end, &tile->rows);
+  tile->o = scratch + RoundUp(sizeof(FwdTile), 64) / sizeof(float);
+  const int lanes = tile->rows.num_lanes, hv = static_cast<int>(p.head_dim_v);
+  const float scale_log2 = SoftmaxScale(p) * kLog2E;
+  const int64_t stride = ForwardPartialFloats(p);
+  for (int l = 0; l < lanes; l += kWidth) {
+    Vec max = Broadcast(-kInf);
+    for (int64_t i = 0; i < merge.num_parts; ++i) {
+      max = VecMax(max, Load(merge.partials + i * stride + l));
+    }
+    const Vec base = Select(max == -kInf, Vec{}, max);
+    Vec sum = Vec{};
+    for (int d = 0; d < hv; ++d) Store(tile->o + d * lanes + l, Vec{});
+    for (int64_t i = 0; i < merge.num_parts; ++i) {
+      const float* partial = merge.partials + i * stride;
+      const Vec weight = Exp2((Load(partial + l) - base) * scale_log2);
+      sum += Load(partial + kRowTile + l) * weight;
+      for (int d = 0; d < hv; ++d) {
+        float* o = tile->o + d * lanes + l;
+        Store(o, Load(o) + Load(partial + 2 * kRowTile + d * lanes + l) * weight);
+      }
+    }
+    Store(tile->max + l, max);
+    Store(tile->sum + l, sum);
+  }
+  StoreResults<T>(args, *tile);
+}
+
 template <class T>
 static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
   const Problem& p = args.problem;
@@ -242,6 +293,8 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
     last = Max(last, rows.span.hi);
   }
 
+  first = Max(first, task.key_begin);
+  last = Min(last, task.key_end);
   const KeySource source = MakeKeySource(p, seq, task.kv_head);
   for (int64_t key = first; key < last; key += kKeyBlock) {
     const KeyBlock block = MakeKeyBlock(seq, key, Min(key + kKeyBlock, last));
@@ -259,6 +312,7 @@ static void ForwardTask(const FwdArgs& args, const Task& task, float* scratch) {
       ForwardBlock(p, tile, keys, k + skipped * ldk, v + skipped * ldv, s);
     }
   }
+  if (task.partial) return SavePartial(p, *tile_at(0), task.partial);
   for (int i = 0; i < num_tiles; ++i) StoreResults<T>(args, *tile_at(i));
 }
 

@@ -16,12 +16,27 @@ namespace jfa::cpu {
 // decoding (one token) still has several rows.
 constexpr int kRowTile = 64;
 
+// Forward visits keys in blocks of so many.
+constexpr int kFwdKeyBlock = 64;
+
 struct Task {
   const Sequence* sequence;
   int64_t kv_head;
   int64_t begin;  // rows (forward, and backward for dq) or keys (backward for dk, dv)
   int64_t end;
   int64_t cost;  // visible pairs, roughly
+  // Forward of one row tile whose keys are shared out: the part that this task visits, and where
+  // it leaves its result (forward_partial_floats).
+  int64_t key_begin = 0;
+  int64_t key_end = INT64_MAX;
+  float* partial = nullptr;
+};
+
+// The results of all parts of a row tile's keys, one behind the other.
+struct Merge {
+  Task task;
+  const float* partials;
+  int64_t num_parts;
 };
 
 // What backward keeps of each row tile from visit to visit, numbered by sequence, then key head,
@@ -41,6 +56,8 @@ struct Kernels {
   const char* name;
   size_t (*forward_scratch_floats)(const Problem& problem, int row_tiles);
   void (*forward)(const FwdArgs& args, const Task& task, float* scratch);
+  size_t (*forward_partial_floats)(const Problem& problem);
+  void (*merge)(const FwdArgs& args, const Merge& merge, float* scratch);
   size_t (*backward_scratch_floats)(const Problem& problem);
   int (*backward_key_block)(const Problem& problem, BwdPass pass);
   void (*backward)(const BwdArgs& args, const SavedTiles& saved, BwdPass pass, const Task& task,

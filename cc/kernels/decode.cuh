@@ -15,9 +15,13 @@
 //             across tiles. With
 //             kTma it is one warp that orders copies by the tensor copy engine, else four that use
 //             cp.async.
-// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks.
+// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with kTma,
+// the
+//             CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference.
-// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers.
+// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; an mbarrier
+// for
+//             what a cluster's CTAs send each other.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
@@ -25,6 +29,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_
 
 #include "barriers.cuh"
+#include "decode_cluster.cuh"
 #include "decode_share.cuh"
 #include "logits.cuh"
 #include "ptx_sm90.cuh"
@@ -55,7 +60,8 @@ struct Decode {
   static constexpr int kSmemMerge = kSmemQ + kPanels * PanelQ::kBytes;
   static constexpr int kSmemStats = kSmemMerge + 4 * 16 * kConsumerWarps * kMergePitch;
   static constexpr int kSmemBarriers = kSmemStats + 8 * 16 * kConsumerWarps;
-  static constexpr int kSmemBytes = kSmemBarriers + 16 * C::kStages;
+  static constexpr int kSmemResults = kSmemBarriers + 16 * C::kStages;  // the cluster's mbarrier
+  static constexpr int kSmemBytes = kSmemResults + 16;
   enum NamedBarrier { kConsumersDone = 1 };
 
   static_assert(C::kRows == 16 * kRowWarps && kConsumerWarps == kRowWarps * kKeyWarps,
@@ -65,7 +71,11 @@ struct Decode {
   static_assert(C::kWarps == kConsumerWarps + kProducerWarps, "consumers come first");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
-  using Walk = DecodeWalk<kMask, C::kBlockN>;
+  using Cluster = DecodeCluster<C::kRows, C::kHeadDimV, kConsumers>;
+  static_assert(!C::kParts || C::kTma, "clusters came with the copy engine");
+  static_assert(!C::kParts || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
+
+  using Walk = DecodeWalk<kMask, C::kBlockN, C::kParts>;
   using Blocks = typename Walk::Blocks;
   using Ring = RingPosition<C::kStages>;
   using Output = float[1][2 * kOutBlocks][4];
@@ -315,12 +325,25 @@ struct Decode {
   }
 
   // Results of one tile, from the warps' fragments to rows in memory: final ones if the whole tile
-  // was visited here, else a partial one in scratch.
-  static JFA_DEVICE void Store(const DecodeParams& params, const DecodeScratch& scratch,
-                               const Rows& rows, const Sequence& sequence, int partial, Output& out,
-                               const OnlineSoftmax<1>& softmax, float* merge, float2* stats,
-                               int warp, int lane) {
+  // was visited here, else a partial one in scratch; or, of a cluster, for each other and merged.
+  static JFA_DEVICE void Store(const DecodeParams& params, const Rows& rows,
+                               const Sequence& sequence, int partial, Output& out,
+                               const OnlineSoftmax<1>& softmax, unsigned char* smem, int warp,
+                               int lane) {
     const ProblemParams& problem = params.fwd.problem;
+    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+    float* const merge = reinterpret_cast<float*>(smem + kSmemMerge);
+    float2* const stats = reinterpret_cast<float2*>(smem + kSmemStats);
+    const bool in_cluster = C::kParts && params.parts_log2 > 0;
+    const auto store = [&](int row, int column, float4 x, float2 total) {
+      StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
+                            rows.TokenOf(problem, row), column, x, total);
+    };
+    const Cluster cluster(SmemAddress(smem), SmemAddress(smem) + kSmemResults, params.parts_log2,
+                          rows.num, problem.head_dim_v);
+    if constexpr (C::kParts) {
+      if (in_cluster) Cluster::Arrive();
+    }
     const int row_warp = warp % kRowWarps;
     // Of the warps that share rows, at [their rows][key warp].
     const auto stat = [&](int row, int key_warp) -> float2& {
@@ -352,6 +375,15 @@ struct Decode {
       factor[half] =
           Exp2(-softmax.neg_reference[half] - total(16 * row_warp + lane / 4 + 8 * half).x);
     }
+    if constexpr (C::kParts) {
+      if (in_cluster) {
+        Cluster::Wait();
+        for (int i = ReadThreadIndex(); i < rows.num << params.parts_log2; i += kConsumers) {
+          const int row = i >> params.parts_log2;
+          cluster.SendRow(row, total(row), i - (row << params.parts_log2));
+        }
+      }
+    }
     float* own = merge + (warp * 16 + lane / 4) * kMergePitch + lane % 4 * 2;
 #pragma unroll
     for (int panel = 0; panel < kPanelsV; ++panel) {
@@ -379,15 +411,26 @@ struct Decode {
               merge + ((row / 16 + kRowWarps * w) * 16 + row % 16) * kMergePitch + i % kGroups * 4);
           x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
         }
+        if constexpr (C::kParts) {
+          if (in_cluster) {
+            cluster.SendItem(row, column, x);
+            continue;
+          }
+        }
         const float2 all = total(row);
-        if (partial >= 0) {
+        if (!C::kParts && partial >= 0) {
           if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
           *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
-          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
-                                rows.TokenOf(problem, row), column, x, all);
+          store(row, column, x, all);
         }
+      }
+    }
+    if constexpr (C::kParts) {
+      if (in_cluster) {
+        cluster.Merge(reinterpret_cast<const float2*>(smem),
+                      reinterpret_cast<const float4*>(smem + Cluster::kItemsAt), store);
       }
     }
   }
@@ -397,7 +440,6 @@ struct Decode {
     const uint32 smem = SmemAddress(smem_pointer);
     const int warp = ReadThreadIndex() / kWarpSize, lane = ReadLaneIndex();
     const int row_warp = warp % kRowWarps, key_warp = warp / kRowWarps;
-    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
     Walk walk(params, blockIdx.x);
     Ring ring;
     const auto release = [&] {
@@ -405,7 +447,8 @@ struct Decode {
       if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
       ring.Advance();
     };
-    if (ReadThreadIndex() == 0) {
+    if (!C::kParts && ReadThreadIndex() == 0) {
+      const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
       if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
       const int start = walk.begin + walk.tile;
       scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
@@ -493,25 +536,26 @@ struct Decode {
       const int partial = first > 0      ? DecodeScratch::kHead
                           : last < count ? DecodeScratch::kTail
                                          : -1;
-      Store(params, scratch, rows, sequence, partial, out, softmax,
-            reinterpret_cast<float*>(smem_pointer + kSmemMerge),
-            reinterpret_cast<float2*>(smem_pointer + kSmemStats), warp, lane);
+      Store(params, rows, sequence, partial, out, softmax, smem_pointer, warp, lane);
       walk.Advance(count);
     }
   }
 
   static JFA_DEVICE void Run(const DecodeParams& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    if (threadIdx.x == 0) {
-      for (int stage = 0; stage < C::kStages; ++stage) {
+    if (C::kTma && threadIdx.x == 0) {
+      TmaPrefetch(&params.k);
+      TmaPrefetch(&params.v);
+    }
+    // A thread of each warp, because one takes its time for many barriers.
+    if (threadIdx.x % kWarpSize == 0) {
+      const int warp = threadIdx.x / kWarpSize;
+      for (int stage = warp; stage < C::kStages; stage += C::kWarps) {
         MbarrierInit(Full(smem, stage), C::kTma ? 1 : kProducerWarps * kWarpSize);
         MbarrierInit(Empty(smem, stage), kConsumerWarps);
       }
-      if constexpr (C::kTma) {
-        FenceMbarrierInit();
-        TmaPrefetch(&params.k);
-        TmaPrefetch(&params.v);
-      }
+      if (C::kParts && warp == 0) MbarrierInit(smem + kSmemResults, 1);
+      if constexpr (C::kTma) FenceMbarrierInit();
     }
     __syncthreads();
     LetKernelBehindStart();

@@ -11,6 +11,9 @@
 // host. A tile within one stretch is finished there. Of others every CTA leaves a partial result,
 // at most two per CTA: of a tile that began before its stretch (head), and of one that ends after
 // it (tail). The combine kernel merges them, in the order of the CTAs: nothing depends on timing.
+//
+// With kParts, each tile is shared equally by the CTAs of a cluster instead (decode_cluster.cuh),
+// and nothing is left to merge: for sequences so short that a second kernel would cost more.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 
@@ -89,7 +92,7 @@ struct DecodeSequence {
 };
 
 // The stretch of one CTA, and the tile that it stands at. Used by whole warps.
-template <MaskKind kMask, int kBlockN>
+template <MaskKind kMask, int kBlockN, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
@@ -102,6 +105,10 @@ struct DecodeWalk {
   JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
     const ProblemParams& p = params.fwd.problem;
     num_units = p.num_kv_heads * params.row_tiles;
+    if constexpr (kParts) {
+      TakePart(p, params.parts_log2, cta);
+      return;
+    }
     const bool alike =
         p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
     if (alike) {
@@ -151,6 +158,19 @@ struct DecodeWalk {
   }
 
  private:
+  // The part of a cluster's CTA in the cluster's tile. It may be empty, but then it isn't the first
+  // one, and the walk comes to the tile all the same: somebody waits for its result.
+  JFA_DEVICE void TakePart(const ProblemParams& p, int parts_log2, int cta) {
+    const int size = 1 << parts_log2, index = cta >> parts_log2, rank = cta & (size - 1);
+    batch = index / num_units;
+    unit = index - batch * num_units;
+    const int count = Blocks(p, batch).Count();
+    const auto part_begin = [&](int part) { return (count * part + size - 1) >> parts_log2; };
+    tile = -part_begin(rank);
+    length = part_begin(rank + 1) + tile;
+    begin = total = num_ctas = 0;  // there is no line
+  }
+
   // CTAs without a block of their own would be ends of stretches that nobody walks.
   JFA_DEVICE void Divide(int most, int cta) {
     num_ctas = Min(most, total);

@@ -85,6 +85,7 @@ struct DecodeParams {
   int box_rows;    // rows of their boxes: a block of keys, or what of it is surely in one page
   FwdParams fwd;
   int num_ctas;    // that share the key blocks
+  int parts_log2;  // Config::kParts: how many CTAs, a cluster, share one tile
   int rows;        // queries of one key head: q_len * group
   int row_tiles;   // tiles of kRows of them
   float* scratch;  // DecodeScratch in decode_share.cuh

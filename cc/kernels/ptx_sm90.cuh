@@ -54,6 +54,36 @@ JFA_DEVICE void TmaStoreWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// --- clusters: CTAs that run at the same time and reach each other's shared memory ---
+
+// Counts threads that have exited as arrived. Orders nothing: a release would wait for all stores
+// to global memory, too.
+JFA_DEVICE void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+JFA_DEVICE void ClusterWait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// What has address `smem` here, in the shared memory of the cluster's CTA number `rank`.
+JFA_DEVICE uint32 MapToCta(uint32 smem, int rank) {
+  uint32 address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
+  return address;
+}
+// Stores to a CTA of the cluster, whose mbarrier counts the bytes that have come.
+JFA_DEVICE void StoreToCta(uint32 address, uint32 barrier, float2 x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "f"(x.x), "f"(x.y), "r"(barrier)
+      : "memory");
+}
+JFA_DEVICE void StoreToCta(uint32 address, uint32 barrier, float4 x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
+}
+
 // --- registers ---
 
 template <int kRegisters>
