@@ -1,72 +1,115 @@
-"""Time of one call on the device, without what it costs to launch it."""
+"""Time of one call on the device, without what it costs to launch it.
+
+A program repeats a call so often that the host keeps ahead of the device; programs are queued one
+behind the other, and only the last is waited for. Programs are compiled from shapes, so that many
+of them can be made at once before the first is timed.
+"""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 Timer = Callable[[], float]  # seconds of one call
+Start = Callable[[Sequence[Any]], dict[str, Timer]]  # of inputs; the timers by pass
+Build = Callable[[], Start]  # compiles, which takes long and may be done in a thread
 
-
-# A timed program repeats the call for so many seconds: starting it and waiting for it takes up to
-# a millisecond.
-LEAST_SECONDS = 0.03
+QUEUED_SECONDS = 0.015  # of one reading: starting and waiting take up to 50 microseconds of it
+PROGRAM_SECONDS = 4e-4  # of one program: the host queues the next one in less
 MOST_REPEATS = 64
 
 
 def repeats_for(seconds: float) -> int:
-    """Calls in one timed program if one takes about so long."""
-    return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS / seconds)))
+    """Calls in one program if one takes about so long."""
+    return max(1, min(MOST_REPEATS, math.ceil(PROGRAM_SECONDS / seconds)))
 
 
-def _timer(program: Callable[..., Any], repeats: int, *args: Any) -> Timer:
-    compiled = jax.jit(program).lower(*args).compile()
+def queue_timer(queue: Callable[[], Any], wait: Callable[[Any], object], calls: int) -> Timer:
+    """Timer of what is started by `queue` and takes `calls` calls; `wait` gets its last result."""
     for _ in range(2):
-        jax.block_until_ready(compiled(*args))
+        wait(queue())
+    start = time.perf_counter()
+    wait(queue())
+    once = time.perf_counter() - start
+    programs = max(1, min(512, math.ceil(QUEUED_SECONDS / once)))
 
     def seconds() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        return (time.perf_counter() - start) / repeats
+        for _ in range(programs - 1):
+            queue()
+        wait(queue())
+        return (time.perf_counter() - start) / (programs * calls)
 
     return seconds
 
 
-def forward_timer(
-    function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
-) -> Timer:
-    """Timer of one function of `inputs`, whose result has the shape of the first of them."""
+def jax_build(
+    function: Callable[..., jax.Array] | Sequence[Callable[..., jax.Array]],
+    inputs: Sequence[Any],
+    seconds: float,
+    *,
+    op: str = "fwd",
+    backward: int = 0,
+    compiler_options: dict[str, Any] | None = None,
+) -> Build:
+    """Builds the timers of a function of arrays.
+
+    Args:
+      function: of `inputs`; its result has the shape and dtype of the first of them. Or several
+        such functions, which take turns.
+      inputs: arrays or their shapes and dtypes.
+      seconds: about what a call takes.
+      op: name of the forward's timer.
+      backward: also time the gradients by so many of the inputs, as "bwd".
+      compiler_options: of XLA, for the forward.
+    """
+    functions = [jax.jit(f) for f in (function if isinstance(function, Sequence) else [function])]
+    repeats = repeats_for(seconds)
+    repeats = math.ceil(repeats / len(functions)) * len(functions)
 
     # Each call takes the last one's result, or XLA would merge them.
     def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
-        for _ in range(repeats):
-            q = function(q, *others)
+        for i in range(repeats):
+            q = functions[i % len(functions)](q, *others)
         return q
 
-    return _timer(forward, repeats, *inputs)
+    def linearize(*inputs: jax.Array) -> Any:
+        others = inputs[backward:]
+        return jax.vjp(lambda *x: functions[0](*x, *others), *inputs[:backward])
 
-
-def timers(
-    function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int
-) -> dict[str, Timer]:
-    """Timers of forward ("fwd") and backward ("bwd") of one function.
-
-    Args:
-      function: of `inputs`; its result has the shape of the first of them.
-      inputs: what it is differentiated by.
-      repeats: calls in one timed program.
-    """
-    out, vjp = jax.vjp(function, *inputs)
-
-    def backward(vjp: Any, dout: jax.Array) -> Any:
+    def gradients(vjp: Any, dout: jax.Array) -> Any:
         grads = (dout,)
         for _ in range(repeats):
             grads = vjp(grads[0])
         return grads
 
-    return {
-        "fwd": forward_timer(function, inputs, repeats),
-        "bwd": _timer(backward, repeats, vjp, out),
-    }
+    def build() -> Start:
+        compiled = jax.jit(forward).lower(*inputs).compile(compiler_options)
+        programs: tuple[Any, Any] | None = None
+        if backward:
+            first = jax.jit(linearize).lower(*inputs)
+            out, vjp = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first.out_info
+            )
+            programs = first.compile(), jax.jit(gradients).lower(vjp, out).compile()
+
+        def start(arrays: Sequence[jax.Array]) -> dict[str, Timer]:
+            wait = jax.block_until_ready
+            timers = {op: queue_timer(lambda: compiled(*arrays), wait, repeats)}
+            if programs is not None:
+                linearized, chained = programs
+                out, vjp = linearized(*arrays)
+                timers["bwd"] = queue_timer(lambda: chained(vjp, out), wait, repeats)
+            return timers
+
+        return start
+
+    return build
+
+
+def alternate(timers: Mapping[str, Timer], rounds: int) -> dict[str, list[float]]:
+    """Readings of each timer, taken in turns."""
+    readings = [{name: timer() for name, timer in timers.items()} for _ in range(rounds)]
+    return {name: [reading[name] for reading in readings] for name in timers}
