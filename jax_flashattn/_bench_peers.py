@@ -13,10 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashattn._bench_harness import Cell, Entry
-from jax_flashattn._timing import Build, Start, Timer, jax_build, queue_timer, repeats_for
+from jax_flashattn._timing import (
+    Build,
+    Start,
+    Timer,
+    jax_build,
+    queries_for,
+    queue_timer,
+    repeats_for,
+)
 
 Window = tuple[int, int] | None  # keys to the left and right
-MOST_XLA_KEYS = 1024  # XLA keeps all scores in memory
+MOST_XLA_KEYS, MOST_XLA = 1024, 2  # XLA keeps all scores in memory; calls in a program
+MOST_TOKAMAX = 10  # calls in a program: its kernels are compiled in Python
 SPLITS = (1, 4, 16, 32)  # of keys; FlashAttention-3's JAX binding leaves the choice to the caller
 FP8_SCALES = [
     *(f"amax_d{name}" for name in "QKVP"),
@@ -67,15 +76,16 @@ def _cudnn() -> tuple[Callable[..., Any], Any]:
     return cudnn.dot_product_attention, cudnn.MaskType
 
 
-def _jax(make: Callable[..., Callable[..., jax.Array]], cell: Cell, **options: Any) -> Build:
-    """Builds in a thread what `make` returns, its import included."""
-    backward = options.pop("backward", 0)
-    op = options.pop("op", "fwd")
-    inputs = options.pop("inputs", None) or cell.shapes()
+def _jax(
+    make: Callable[[], Callable[..., jax.Array]],
+    cell: Cell,
+    inputs: Sequence[Any] | None = None,
+    **options: Any,
+) -> Build:
+    """Builds, its import included, what `make` returns; options are of `jax_build`."""
 
     def build() -> Start:
-        function = make(**options)
-        return jax_build(function, inputs, cell.seconds, op=op, backward=backward)()
+        return jax_build(make(), inputs or cell.shapes(), cell.seconds, **options)()
 
     return build
 
@@ -118,7 +128,11 @@ def _torch_start(
         # JAX's threads may call the driver meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             forward()
-        timers = {op: queue_timer(graph.replay, wait, repeats)}
+
+        def replay(_: Any = (q, keys)) -> None:  # keeps what the graph reads
+            graph.replay()
+
+        timers = {op: queue_timer(replay, wait, repeats)}
         if backward:
             inputs = [x.detach().requires_grad_() for x in (q, *keys[0])]
             out = call(*inputs)
@@ -167,12 +181,16 @@ def _flash_attn_4(cell: Cell, window: Window, **options: Any) -> Build:
 
 def attention(cell: Cell, window: Window, *, only: Sequence[str] | None = None) -> list[Entry]:
     """Peers of `attention`, forward and backward."""
-    made = functools.partial(_jax, cell=cell, is_causal=cell.causal, window=window, backward=3)
-    builds: dict[str, Build] = {"jax_cudnn": made(functools.partial(_jax_nn, "cudnn"))}
+
+    def made(make: Callable[..., Callable[..., jax.Array]], *first: Any, **options: Any) -> Build:
+        make = functools.partial(make, *first, cell.causal, window)
+        return _jax(make, cell, backward=3, queries=queries_for(cell.seconds), **options)
+
+    builds: dict[str, Build] = {"jax_cudnn": made(_jax_nn, "cudnn")}
     if cell.seq_kv <= MOST_XLA_KEYS:
-        builds["jax_xla"] = made(functools.partial(_jax_nn, "xla"))
+        builds["jax_xla"] = made(_jax_nn, "xla", most=MOST_XLA)
     if importable("tokamax"):
-        builds["tokamax"] = made(_tokamax)
+        builds["tokamax"] = made(_tokamax, most=MOST_TOKAMAX)
     if importable("dew_flash_attn"):
         builds["dew_fa3"] = made(_dew_fa3)
     torch_options: dict[str, Any] = {"op": "fwd", "backward": True}
@@ -187,7 +205,7 @@ def attention(cell: Cell, window: Window, *, only: Sequence[str] | None = None) 
 
 
 def packed(cell: Cell, inputs: Sequence[Any], lengths: Sequence[int]) -> list[Entry]:
-    """Peers of `attention_varlen`, causal, of arrays `[1, total, N, H]` and boundaries `[n + 1]`."""
+    """Peers of `attention_varlen`, causal: arrays `[1, total, N, H]`, boundaries `[n + 1]`."""
 
     def cudnn() -> Callable[..., jax.Array]:
         call, masks = _cudnn()
@@ -213,7 +231,11 @@ def packed(cell: Cell, inputs: Sequence[Any], lengths: Sequence[int]) -> list[En
     if importable("dew_flash_attn"):
         makes["dew_fa3"] = dew
     return [
-        Entry(impl, _jax(make, cell, inputs=inputs, backward=3), cell)
+        Entry(
+            impl,
+            _jax(make, cell, inputs, backward=3, queries=queries_for(cell.seconds)),
+            cell,
+        )
         for impl, make in makes.items()
     ]
 
@@ -256,7 +278,7 @@ def fa3_kv_cache(cell: Cell, inputs: Sequence[Any], *, page_size: int, op: str) 
     if cell.head_dim != 128 or not importable("flash_attn3_jax"):
         return []
     makes = [functools.partial(_kv_cache, splits, page_size) for splits in SPLITS]
-    return [_best([_jax(make, cell, inputs=inputs, op=op) for make in makes])]
+    return [_best([_jax(make, cell, inputs, op=op) for make in makes])]
 
 
 def decode(cell: Cell, *, copies: int = 1) -> list[Entry]:
@@ -287,7 +309,7 @@ def take_turns(function: Callable[..., jax.Array], copies: int) -> list[Callable
     return [of_pair(i) for i in range(copies)]
 
 
-def fp8(cell: Cell) -> list[Entry]:
+def fp8(cell: Cell, queries: int) -> list[Entry]:
     """The forward of 8-bit inputs in cuDNN, all scales 1, by JAX's private entry."""
 
     def build() -> Start:
@@ -299,6 +321,6 @@ def fp8(cell: Cell) -> list[Entry]:
             scale = cell.head_dim**-0.5
             return call(q, k, v, scale=scale, mask_type=mask, use_fp8=True, fp8_params=ones)[0]
 
-        return jax_build(function, cell.shapes(), 1.0)()
+        return jax_build(function, cell.shapes(), cell.seconds, queries=queries)()
 
     return [Entry("jax_cudnn", build, cell)]

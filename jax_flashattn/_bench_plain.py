@@ -1,5 +1,6 @@
 """Forward and backward on a GPU beside the peers: lengths, head dims, groups, windows, packing."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,13 @@ from jax_flashattn._api import attention, attention_varlen
 from jax_flashattn._bench_features import PACKED_LEN, document_lengths
 from jax_flashattn._bench_harness import Cell, Entry, Group
 from jax_flashattn._bench_report import OURS
-from jax_flashattn._timing import jax_build
+from jax_flashattn._timing import Build, jax_build, queries_for
 
 NUM_TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1024, 4096, 16384)
 SM80_LENGTHS = LENGTHS[1:]
 HEAD_DIMS, OTHER_HEAD_DIMS = (64, 128, 256), (80, 96, 192)
-GROUPED_LENGTHS = (2048, 8192)
+GROUPED_LENGTHS, DTYPES_LENGTH = (2048, 8192), 4096
 WINDOWS = (1024, 4096)
 PACKED = ((64, 32, 8), (128, 16, 16), (128, 32, 8))  # head dim, query heads, key heads
 
@@ -31,13 +32,24 @@ def cell(set: str, head_dim: int, seq_len: int, causal: bool, **more: Any) -> Ce
     return Cell(set, head_dim, **{**given, "causal": causal, "pairs": pairs, **more})
 
 
+def _build(function: Callable[..., jax.Array], case: Cell, inputs: Sequence[Any]) -> Build:
+    queries = queries_for(case.seconds)
+    return jax_build(function, inputs, case.seconds, backward=3, queries=queries)
+
+
+def _shapes(case: Cell) -> list[jax.ShapeDtypeStruct]:
+    """Of as many arrays of queries as `_build` asks for, keys and values."""
+    q, k, v = case.shapes()
+    return [*[q] * queries_for(case.seconds), k, v]
+
+
 def _group(case: Cell, impl: str, window: tuple[int, int] | None = None) -> Group:
     ours = partial(attention, is_causal=case.causal, local_window_size=window)
     entries = [
-        Entry(impl, jax_build(ours, case.shapes(), case.seconds, backward=3), case, OURS),
+        Entry(impl, _build(ours, case, case.shapes()), case, OURS),
         *_bench_peers.attention(case, window, only=None if impl == OURS else ("torch_fa2",)),
     ]
-    return Group(case, case.shapes(), entries)
+    return Group(case, _shapes(case), entries)
 
 
 def _packed(head_dim: int, heads: int, kv_heads: int) -> Group:
@@ -60,22 +72,21 @@ def _packed(head_dim: int, heads: int, kv_heads: int) -> Group:
 
     inputs = [*case.shapes(), ends]
     entries = [
-        Entry(OURS, jax_build(ours, inputs, case.seconds, backward=3), case),
+        Entry(OURS, _build(ours, case, inputs), case),
         *_bench_peers.packed(case, inputs, lengths),
     ]
-    return Group(case, case.shapes(), entries, [ends])
+    return Group(case, _shapes(case), entries, [ends])
 
 
 def _half(head_dim: int, causal: bool) -> Group:
     entries, shapes = [], []
     for dtype in (jnp.bfloat16, jnp.float16):
-        case = cell("dtypes", head_dim, 4096, causal, dtype=jnp.dtype(dtype).name)
-        build = jax_build(
-            partial(attention, is_causal=causal), case.shapes(), case.seconds, backward=3
-        )
-        taken = tuple(range(len(shapes), len(shapes) + 3))
+        case = cell("dtypes", head_dim, DTYPES_LENGTH, causal, dtype=jnp.dtype(dtype).name)
+        build = _build(partial(attention, is_causal=causal), case, case.shapes())
+        own = _shapes(case)
+        taken = tuple(range(len(shapes), len(shapes) + len(own)))
         entries.append(Entry(OURS, build, case, case.dtype, "bfloat16", inputs=taken))
-        shapes += case.shapes()
+        shapes += own
     return Group(entries[0].cell, shapes, entries)
 
 

@@ -17,13 +17,22 @@ Start = Callable[[Sequence[Any]], dict[str, Timer]]  # of inputs; the timers by 
 Build = Callable[[], Start]  # compiles, which takes long and may be done in a thread
 
 QUEUED_SECONDS = 0.015  # of one reading: starting and waiting take up to 50 microseconds of it
-PROGRAM_SECONDS = 4e-4  # of one program: the host queues the next one in less
-MOST_REPEATS = 64
+# Of one program: between two of them the device waits for about 20 microseconds, and the host needs
+# up to 100 to queue the next.
+PROGRAM_SECONDS = 4e-3
+MOST_REPEATS = 256
+MOST_QUERIES = 20  # arrays of queries for a program's calls
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}  # as an option of XLA
 
 
-def repeats_for(seconds: float) -> int:
+def repeats_for(seconds: float, most: int = MOST_REPEATS) -> int:
     """Calls in one program if one takes about so long."""
-    return max(1, min(MOST_REPEATS, math.ceil(PROGRAM_SECONDS / seconds)))
+    return max(1, min(most, math.ceil(PROGRAM_SECONDS / seconds)))
+
+
+def queries_for(seconds: float) -> int:
+    """Arrays of queries for `jax_build`."""
+    return repeats_for(seconds, MOST_QUERIES)
 
 
 def queue_timer(queue: Callable[[], Any], wait: Callable[[Any], object], calls: int) -> Timer:
@@ -52,6 +61,8 @@ def jax_build(
     *,
     op: str = "fwd",
     backward: int = 0,
+    queries: int = 1,
+    most: int = MOST_REPEATS,
     compiler_options: dict[str, Any] | None = None,
 ) -> Build:
     """Builds the timers of a function of arrays.
@@ -63,15 +74,26 @@ def jax_build(
       seconds: about what a call takes.
       op: name of the forward's timer.
       backward: also time the gradients by so many of the inputs, as "bwd".
+      queries: if more than 1, a program's calls each have a first input of their own, so many
+        arrays that come before the other inputs, and the result may be of any dtype. Otherwise each
+        call takes the last one's result; queries that are results give nearly equal weights, and a
+        device that multiplies equal numbers draws less power than one that multiplies random ones.
+      most: calls in a program, for what takes long to compile.
       compiler_options: of XLA, for the forward.
     """
     functions = [jax.jit(f) for f in (function if isinstance(function, Sequence) else [function])]
-    repeats = repeats_for(seconds)
+    repeats = repeats_for(seconds, most)
     repeats = math.ceil(repeats / len(functions)) * len(functions)
+    calls = repeats if queries == 1 else min(queries, most)
+    if queries > 1:  # in a CUDA graph they could run at the same time
+        compiler_options = {**WITHOUT_GRAPHS, **(compiler_options or {})}
 
-    # Each call takes the last one's result, or XLA would merge them.
-    def forward(q: jax.Array, *others: jax.Array) -> jax.Array:
-        for i in range(repeats):
+    def forward(*inputs: jax.Array) -> Any:
+        q, others = inputs[0], inputs[queries:]
+        if queries > 1:
+            return [functions[0](q, *others) for q in inputs[:calls]]
+        # Equal calls would be merged.
+        for i in range(calls):
             q = functions[i % len(functions)](q, *others)
         return q
 
@@ -86,7 +108,8 @@ def jax_build(
         return grads
 
     def build() -> Start:
-        compiled = jax.jit(forward).lower(*inputs).compile(compiler_options)
+        lowered = jax.jit(forward).lower(*[inputs[0]] * queries, *inputs[1:])
+        compiled = lowered.compile(compiler_options)
         programs: tuple[Any, Any] | None = None
         if backward:
             first = jax.jit(linearize).lower(*inputs)
@@ -97,10 +120,10 @@ def jax_build(
 
         def start(arrays: Sequence[jax.Array]) -> dict[str, Timer]:
             wait = jax.block_until_ready
-            timers = {op: queue_timer(lambda: compiled(*arrays), wait, repeats)}
+            timers = {op: queue_timer(lambda: compiled(*arrays), wait, calls)}
             if programs is not None:
                 linearized, chained = programs
-                out, vjp = linearized(*arrays)
+                out, vjp = linearized(arrays[0], *arrays[queries:])
                 timers["bwd"] = queue_timer(lambda: chained(vjp, out), wait, repeats)
             return timers
 
