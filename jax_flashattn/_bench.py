@@ -163,7 +163,7 @@ def run(output: pathlib.Path | None) -> None:
             f"{m['growth_bytes'] / 2**20:.0f} MiB, {m['ratio']:.2f}x of inputs and results"
         )
     features = Report(None)
-    features.begin("features", None)
+    features.begin("features")
     measure(_bench_features.groups(heads=2, speed=1e11), features)
     if output is not None:
         report = {

@@ -16,7 +16,7 @@ from jax_flashattn import (
     _bench_plain,
     _bench_serve,
 )
-from jax_flashattn._bench_harness import Group, measure, spread
+from jax_flashattn._bench_harness import Group, measure, spread, with_peers
 from jax_flashattn._bench_report import Report
 
 SECTIONS: dict[str, Callable[[], list[Group]]] = {
@@ -34,6 +34,7 @@ def run(
     *,
     only: Sequence[str] | None = None,
     family: str | None = None,
+    peers: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> None:
     """Runs sections; prints their rows and what they sum up to.
@@ -43,6 +44,8 @@ def run(
       only: names of sections, all by default.
       family: the kernels to force, which then are only compared in the plain cells. To be called
         before any other kernel of the process.
+      peers: the only implementations to compare with, in the cells that they take part in. Rows of
+        a run with others stay in the file.
       limit: at most so many cells of each section, to see that everything runs.
     """
     report = Report(output)
@@ -55,8 +58,10 @@ def run(
             raise ValueError(f"family {family}: only {', '.join(sections)} can be run, got {name}")
         start = time.perf_counter()
         print(f"== {name}" + ("" if family is None else f", {family}"), flush=True)
-        report.begin(name, family)
-        measure(spread(sections[name](), limit), report)
+        report.begin(name, family, peers)
+        groups = sections[name]()
+        groups = groups if peers is None else with_peers(groups, peers)
+        measure(spread(groups, limit), report)
         report.write(complete=limit is None)
         report.print_summary()
         print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -202,6 +202,16 @@ def _print_rows(cell: Cell, rows: Sequence[Row]) -> None:
         print(f"{op} {cell} | {' | '.join(parts)}", flush=True)
 
 
+def with_peers(groups: Sequence[Group], peers: Sequence[str]) -> list[Group]:
+    """The groups in which one of `peers` takes part, without the other ones."""
+    found = []
+    for group in groups:
+        entries = [x for x in group.entries if x.impl.startswith(OURS) or x.impl in peers]
+        if not all(entry.impl.startswith(OURS) for entry in entries):
+            found.append(dataclasses.replace(group, entries=entries))
+    return found
+
+
 def spread(groups: Sequence[Group], limit: int | None) -> Sequence[Group]:
     """At most `limit` of the groups, evenly spaced."""
     if limit is None or limit >= len(groups):

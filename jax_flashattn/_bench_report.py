@@ -10,7 +10,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,10 +146,19 @@ class Report:
             if all(old.get(name) == value for name, value in self.identity.items()):
                 self.runs, self.rows, self.skipped = old["runs"], old["rows"], old["skipped"]
 
-    def begin(self, section: str, family: str | None) -> None:
-        """Starts a run of a section, and drops the rows that it had before."""
+    def begin(
+        self, section: str, family: str | None = None, peers: Sequence[str] | None = None
+    ) -> None:
+        """Starts a run of a section, and drops the rows that the same run had before."""
+        kind = {
+            "section": section,
+            "family": family,
+            "peers": None if peers is None else sorted(peers),
+        }
         gone = {
-            run["run"] for run in self.runs if (run["section"], run["family"]) == (section, family)
+            run["run"]
+            for run in self.runs
+            if all(run[name] == value for name, value in kind.items())
         }
         self.runs = [run for run in self.runs if run["run"] not in gone]
         self.rows = [row for row in self.rows if row["run"] not in gone]
@@ -159,8 +168,7 @@ class Report:
         self.runs.append(
             {
                 "run": self._number,
-                "section": section,
-                "family": family,
+                **kind,
                 "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "seconds": 0.0,
                 "complete": False,

@@ -29,12 +29,13 @@ Series = dict[str, list[tuple[int, float]]]  # points (sequence length, TFLOP/s)
 
 def series(rows: list[dict[str, Any]], op: str, head_dim: int, causal: bool) -> Series:
     """Points of one panel, by implementation, in the order of the lengths."""
-    found: Series = {}
+    found: dict[str, dict[int, float]] = {}
     for row in rows:
         panel = row["set"], row["op"], row["head_dim"], row["causal"]
         if panel == ("grid", op, head_dim, causal) and row["impl"] in IMPLS:
-            found.setdefault(row["impl"], []).append((row["seq_q"], row["tflops"]))
-    return {impl: sorted(found[impl]) for impl in IMPLS if impl in found}
+            # Of several runs the first: ratios are of one run, and the plot should be too.
+            found.setdefault(row["impl"], {}).setdefault(row["seq_q"], row["tflops"])
+    return {impl: sorted(found[impl].items()) for impl in IMPLS if impl in found}
 
 
 def draw(report: dict[str, Any], op: str, path: pathlib.Path) -> None:

@@ -55,7 +55,8 @@ def table(rows: list[Row], set: str, op: str) -> list[str]:
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if (row["set"], row["op"]) == (set, op):
-            cells.setdefault(tuple(row[x] for x in CELL), {})[row["impl"]] = row
+            cell = cells.setdefault(tuple(row[x] for x in CELL), {})
+            cell.setdefault(row["impl"], row)  # of several runs the first
     impls = list(dict.fromkeys(impl for cell in cells.values() for impl in cell))
     own = [impl for impl in impls if impl.startswith(OURS)]
     peers = [impl for impl in impls if impl not in own]

@@ -58,7 +58,7 @@ def small(monkeypatch):
 
 def measured(groups, path=None):
     report = _bench_report.Report(path)
-    report.begin("section", None)
+    report.begin("section")
     _bench_harness.measure(groups, report)
     for row in report.rows:
         assert row.keys() >= SCHEMA and row["ms"] > 0
@@ -183,6 +183,19 @@ def test_runs_are_merged_into_a_file_of_the_same_identity(tmp_path, monkeypatch)
     assert report["source_sha256"] == "another"
     with pytest.raises(ValueError, match="only plain can be run, got fp8"):
         _bench_cuda.run(None, only=["fp8"], family="sm80")
+
+
+def test_peers_may_be_run_apart(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    cell = _bench_plain.cell("grid", 64, 32, True)
+    groups = [_bench_plain._group(cell, "jax_flashattn"), _bench_serve.cold_group(decode_cell())]
+    monkeypatch.setattr(_bench_cuda, "SECTIONS", {"plain": lambda: groups})
+    _bench_cuda.run(path)
+    _bench_cuda.run(path, peers=["jax_xla"])
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["run"] for row in rows} == {1, 2}
+    again = [(row["op"], row["impl"]) for row in rows if row["run"] == 2]
+    assert sorted(again) == [(op, x) for op in ("bwd", "fwd") for x in ("jax_flashattn", "jax_xla")]
 
 
 def test_what_fails_is_noted_and_the_rest_timed():
