@@ -253,9 +253,14 @@ def measure(groups: Sequence[Group], report: Report) -> None:
                     report.skip(entry.impl, str(entry.cell), error)
                 else:
                     starts[entry.key] = future.result()
-            inputs = (*maker.result()(), *map(jnp.asarray, group.arrays))
-            rows = _time_group(group, inputs, starts, report)
-            del inputs
+            try:
+                inputs = (*maker.result()(), *map(jnp.asarray, group.arrays))
+                rows = _time_group(group, inputs, starts, report)
+            except Exception as error:
+                report.skip("all", str(group.cell), error)
+                continue
+            finally:
+                inputs = None  # frees the memory before the next group's are made
             _print_rows(group.cell, rows)
             report.add(rows)
         report.write()

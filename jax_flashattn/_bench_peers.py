@@ -25,8 +25,10 @@ from jax_flashattn._timing import (
 
 Window = tuple[int, int] | None  # keys to the left and right
 MOST_XLA_KEYS, MOST_XLA = 1024, 2  # XLA keeps all scores in memory; calls in a program
-MOST_TOKAMAX = 10  # calls in a program: its kernels are compiled in Python
-SPLITS = (1, 4, 16, 32)  # of keys; FlashAttention-3's JAX binding leaves the choice to the caller
+# Calls in a program, and keys up to which the backward is timed: its kernels are made in Python,
+# which takes seconds that no other thread can use, and beyond the backward falls far behind.
+MOST_TOKAMAX, MOST_TOKAMAX_KEYS = 10, 1024
+SPLITS = (1, 16, 32)  # of keys; FlashAttention-3's JAX binding leaves the choice to the caller
 FP8_SCALES = [
     *(f"amax_d{name}" for name in "QKVP"),
     *(f"descale_{name}" for name in ("q", "k", "v", "s", "o", "dO", "dP")),
@@ -184,13 +186,16 @@ def attention(cell: Cell, window: Window, *, only: Sequence[str] | None = None) 
 
     def made(make: Callable[..., Callable[..., jax.Array]], *first: Any, **options: Any) -> Build:
         make = functools.partial(make, *first, cell.causal, window)
-        return _jax(make, cell, backward=3, queries=queries_for(cell.seconds), **options)
+        options = {"backward": 3, "queries": queries_for(cell.seconds), **options}
+        return _jax(make, cell, **options)
 
     builds: dict[str, Build] = {"jax_cudnn": made(_jax_nn, "cudnn")}
     if cell.seq_kv <= MOST_XLA_KEYS:
         builds["jax_xla"] = made(_jax_nn, "xla", most=MOST_XLA)
     if importable("tokamax"):
-        builds["tokamax"] = made(_tokamax, most=MOST_TOKAMAX)
+        builds["tokamax"] = made(
+            _tokamax, most=MOST_TOKAMAX, backward=3 if cell.seq_kv <= MOST_TOKAMAX_KEYS else 0
+        )
     if importable("dew_flash_attn"):
         builds["dew_fa3"] = made(_dew_fa3)
     torch_options: dict[str, Any] = {"op": "fwd", "backward": True}

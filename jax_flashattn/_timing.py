@@ -16,7 +16,7 @@ Timer = Callable[[], float]  # seconds of one call
 Start = Callable[[Sequence[Any]], dict[str, Timer]]  # of inputs; the timers by pass
 Build = Callable[[], Start]  # compiles, which takes long and may be done in a thread
 
-QUEUED_SECONDS = 0.015  # of one reading: starting and waiting take up to 50 microseconds of it
+QUEUED_SECONDS = 0.012  # of one reading: starting and waiting take up to 50 microseconds of it
 # Of one program: between two of them the device waits for about 20 microseconds, and the host needs
 # up to 100 to queue the next.
 PROGRAM_SECONDS = 4e-3
@@ -54,6 +54,25 @@ def queue_timer(queue: Callable[[], Any], wait: Callable[[Any], object], calls: 
     return seconds
 
 
+def chain(
+    function: Callable[..., jax.Array] | Sequence[Callable[..., jax.Array]], calls: int
+) -> Callable[..., jax.Array]:
+    """So many calls, each of which takes the last one's result: equal ones would be merged.
+
+    Args:
+      function: its result has the shape and dtype of its first input. Or several, which take turns.
+      calls: how many.
+    """
+    functions = [jax.jit(f) for f in (function if isinstance(function, Sequence) else [function])]
+
+    def chained(q: jax.Array, *others: jax.Array) -> jax.Array:
+        for i in range(calls):
+            q = functions[i % len(functions)](q, *others)
+        return q
+
+    return chained
+
+
 def jax_build(
     function: Callable[..., jax.Array] | Sequence[Callable[..., jax.Array]],
     inputs: Sequence[Any],
@@ -81,25 +100,23 @@ def jax_build(
       most: calls in a program, for what takes long to compile.
       compiler_options: of XLA, for the forward.
     """
-    functions = [jax.jit(f) for f in (function if isinstance(function, Sequence) else [function])]
+    functions = function if isinstance(function, Sequence) else [function]
+    first = jax.jit(functions[0])
     repeats = repeats_for(seconds, most)
     repeats = math.ceil(repeats / len(functions)) * len(functions)
     calls = repeats if queries == 1 else min(queries, most)
-    if queries > 1:  # in a CUDA graph they could run at the same time
-        compiler_options = {**WITHOUT_GRAPHS, **(compiler_options or {})}
 
-    def forward(*inputs: jax.Array) -> Any:
-        q, others = inputs[0], inputs[queries:]
-        if queries > 1:
-            return [functions[0](q, *others) for q in inputs[:calls]]
-        # Equal calls would be merged.
-        for i in range(calls):
-            q = functions[i % len(functions)](q, *others)
-        return q
+    def apart(*inputs: jax.Array) -> list[jax.Array]:
+        return [first(q, *inputs[queries:]) for q in inputs[:calls]]
+
+    forward = chain(functions, calls)
+    if queries > 1:
+        # In a CUDA graph they could run at the same time.
+        forward, compiler_options = apart, {**WITHOUT_GRAPHS, **(compiler_options or {})}
 
     def linearize(*inputs: jax.Array) -> Any:
         others = inputs[backward:]
-        return jax.vjp(lambda *x: functions[0](*x, *others), *inputs[:backward])
+        return jax.vjp(lambda *x: first(*x, *others), *inputs[:backward])
 
     def gradients(vjp: Any, dout: jax.Array) -> Any:
         grads = (dout,)
@@ -112,11 +129,11 @@ def jax_build(
         compiled = lowered.compile(compiler_options)
         programs: tuple[Any, Any] | None = None
         if backward:
-            first = jax.jit(linearize).lower(*inputs)
+            linear = jax.jit(linearize).lower(*inputs)
             out, vjp = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first.out_info
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), linear.out_info
             )
-            programs = first.compile(), jax.jit(gradients).lower(vjp, out).compile()
+            programs = linear.compile(), jax.jit(gradients).lower(vjp, out).compile()
 
         def start(arrays: Sequence[jax.Array]) -> dict[str, Timer]:
             wait = jax.block_until_ready

@@ -47,6 +47,7 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "PACKED_LEN", 100)
     monkeypatch.setattr(_bench_features, "WINDOW", 8)
     monkeypatch.setattr(_bench_serve, "COLD_BYTES", 1 << 19)
+    monkeypatch.setattr(_bench_overhead, "BUSY_SIZE", 64)
     monkeypatch.setattr(_bench_peers, "importable", lambda module: False)
     strict = {name: getattr(jax.config, name) for name in PROMOTION}
     for name, relaxed in PROMOTION.items():  # jax.nn's own code needs it
@@ -154,7 +155,8 @@ def test_features_and_overhead():
     base = report.rows[0]
     assert packed["speed_over"] == pytest.approx(packed["tflops"] / base["tflops"])
     ours = [row for row in report.rows if row["op"] == "overhead" and "over_us" in row]
-    assert [row["feature"] for row in ours] == ["without CUDA graphs", "with CUDA graphs"]
+    graphs = ["without CUDA graphs", "with CUDA graphs"]
+    assert [row["feature"] for row in ours] == ["behind other work", *graphs]
 
 
 def test_every_section_has_its_cells():
@@ -200,14 +202,24 @@ def test_peers_may_be_run_apart(tmp_path, monkeypatch):
 
 def test_what_fails_is_noted_and_the_rest_timed():
     cell = decode_cell()
-    fails = _bench_harness.Entry("flash_attn_4", lambda: 1 // 0, cell)
-    group = _bench_serve.decode_group(cell)
-    report = measured(
-        [_bench_harness.Group(cell, group.shapes, [fails, *group.entries], group.arrays)]
-    )
-    assert report.skipped[0]["impl"] == "flash_attn_4"
-    assert "ZeroDivisionError" in report.skipped[0]["reason"]
-    assert report.rows
+    good = _bench_serve.decode_group(cell)
+    entries = {
+        "flash_attn_4": lambda: 1 // 0,
+        "torch_fa2": lambda: lambda arrays: {}["no kernel"],
+        "torch_cudnn": lambda: lambda arrays: {"decode": lambda: next(iter(()))},
+    }
+    bad = [_bench_harness.Entry(impl, build, cell) for impl, build in entries.items()]
+    groups = [
+        _bench_harness.Group(cell, good.shapes, [*bad[:2], *good.entries], good.arrays),
+        _bench_harness.Group(cell, good.shapes, bad[2:], good.arrays),
+        good,
+    ]
+    report = measured(groups)
+    noted = {x["impl"]: x["reason"] for x in report.skipped}
+    assert noted.keys() == {"flash_attn_4", "torch_fa2", "all", "jax_cudnn"}
+    assert "ZeroDivisionError" in noted["flash_attn_4"] and "no kernel" in noted["torch_fa2"]
+    assert "StopIteration" in noted["all"]
+    assert len(report.rows) == 2 * 3  # of the first and the last group
 
 
 def row(impl, seq_len, tflops, **more):
