@@ -101,7 +101,9 @@ def _bench_command(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         _bench.run(args.output)
     else:
-        _bench_cuda.run(args.output)
+        _bench_cuda.run(
+            args.output, only=args.only, family=args.family, peers=args.peers, limit=args.limit
+        )
 
 
 def _features(text: str) -> list[str]:
@@ -151,6 +153,22 @@ def main() -> None:
     bench = commands.add_parser("bench", help="speed beside jax.nn and what else is installed")
     bench.add_argument("--platform", choices=["cpu", "cuda"], default="cpu")
     bench.add_argument("--output", type=pathlib.Path, help="also write the results here, as JSON")
+    bench.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="SECTION,...",
+        help=f"on a GPU: which of {', '.join(_bench_cuda.SECTIONS)}; all by default",
+    )
+    bench.add_argument(
+        "--family", choices=_bench_cuda.FAMILIES, help="on a GPU: force these kernels (plain only)"
+    )
+    bench.add_argument(
+        "--peers",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="on a GPU: compare with these only, such as dew_fa3,torch_cudnn",
+    )
+    bench.add_argument("--limit", type=int, help="on a GPU: at most so many cells of a section")
     bench.set_defaults(run=_bench_command)
 
     args = parser.parse_args()

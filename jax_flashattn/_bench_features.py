@@ -1,35 +1,23 @@
-"""What masks, biases and packing cost: each against plain causal attention in the same run.
+"""What masks, biases and packing cost, each in alternation with plain causal attention.
 
 The time of a mask is taken per visible pair of query and key, so that 1.0 is a mask whose cost
 follows what it shows.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_flashattn._api import attention, attention_varlen
-from jax_flashattn._timing import repeats_for, timers
+from jax_flashattn._bench_harness import SPEED, Cell, Entry, Group
+from jax_flashattn._bench_report import OURS
+from jax_flashattn._timing import jax_build
 
 SEQ_LEN, PACKED_LEN = 16384, 32768
 WINDOW = 1024
-ROUNDS = 7
-
-
-class Case(NamedTuple):
-    """One feature."""
-
-    name: str
-    head_dim: int
-    seq_len: int
-    visible: float  # pairs that it shows
-    function: Callable[..., jax.Array]
-    more: tuple[Any, ...] = ()  # inputs beside q, k and v that gradients are taken of
 
 
 def document_lengths() -> list[int]:
@@ -41,110 +29,82 @@ def document_lengths() -> list[int]:
     return lengths
 
 
-def _cases(heads: int) -> list[Case]:
+def _group(head_dim: int, heads: int, speed: float, seq_len: int) -> Group:
     causal = partial(attention, is_causal=True)
-    pairs = SEQ_LEN * (SEQ_LEN + 1) / 2
-
-    def plain(D):
-        return Case("causal", D, SEQ_LEN, pairs, causal)
-
-    def capped(D):
-        return Case("soft cap", D, SEQ_LEN, pairs, partial(causal, logits_soft_cap=30.0))
-
     lengths = document_lengths()
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+    slopes = (2.0 ** np.linspace(-1, -8, heads)).astype(np.float32)
+    arrays = (slopes, np.ones(heads, np.float32), ends, ids)
+    pairs = seq_len * (seq_len + 1) / 2
     of_documents = sum(n * (n + 1) / 2 for n in lengths)
-    ends = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-    ids = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths), jnp.int32)
-    slopes = 2.0 ** jnp.linspace(-1, -8, heads)
+    of_window = WINDOW * (seq_len - WINDOW) + WINDOW * (WINDOW + 1) / 2
+    of_sinks = 4 * (seq_len - WINDOW)  # nearly: the first four tokens of each row beyond it
     window = partial(attention, local_window_size=(WINDOW - 1, 0))
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
         return attention_varlen(q[0], k[0], v[0], cu_seqlens_q=ends, is_causal=True)[None]
 
-    of_window = WINDOW * (SEQ_LEN - WINDOW) + WINDOW * (WINDOW + 1) / 2
-    of_sinks = 4 * (SEQ_LEN - WINDOW)  # nearly: the first four tokens of each row beyond it
-    return [
-        plain(128),
-        Case("window 1024", 128, SEQ_LEN, of_window, window),
-        Case(
-            "window 1024, 4 sink tokens",
-            128,
-            SEQ_LEN,
-            of_window + of_sinks,
-            partial(window, sink_tokens=4),
-        ),
-        Case(f"{len(lengths)} documents, packed", 128, PACKED_LEN, of_documents, packed),
-        Case(
-            f"{len(lengths)} documents, segments",
-            128,
-            PACKED_LEN,
-            of_documents,
-            partial(causal, segment_ids=ids),
-        ),
-        Case("ALiBi", 128, SEQ_LEN, pairs, partial(causal, alibi_slopes=slopes)),
-        Case(
-            "ALiBi, learned",
-            128,
-            SEQ_LEN,
-            pairs,
-            lambda q, k, v, slopes: causal(q, k, v, alibi_slopes=slopes),
-            (slopes,),
-        ),
-        Case(
-            "sinks",
-            128,
-            SEQ_LEN,
-            pairs,
-            lambda q, k, v, sinks: causal(q, k, v, sinks=sinks),
-            (jnp.ones(heads),),
-        ),
-        capped(128),
-        plain(64),
-        capped(64),
-        plain(256),
-        capped(256),
+    def sunk(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        return causal(q, k, v, sinks=sinks)
+
+    def biased(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array) -> jax.Array:
+        return causal(q, k, v, alibi_slopes=slopes)
+
+    def segmented(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        return causal(q, k, v, segment_ids=ids)
+
+    short, long = (0, 1, 2), (3, 4, 5)  # inputs; behind them slopes, sinks, boundaries and ids
+    # Name, inputs, how many of them gradients are taken of, visible pairs, function.
+    capped = ("soft cap", short, 3, pairs, partial(causal, logits_soft_cap=30.0))
+    cases: list[tuple[str, tuple[int, ...], int, float, Callable[..., Any]]] = [
+        ("causal", short, 3, pairs, causal),
+        capped,
     ]
+    if head_dim == 128:
+        documents = f"{len(lengths)} documents"
+        sink_tokens = partial(window, sink_tokens=4)
+        cases += [
+            ("window 1024", short, 3, of_window, window),
+            ("window 1024, 4 sink tokens", short, 3, of_window + of_sinks, sink_tokens),
+            (f"{documents}, packed", (*long, 8), 3, of_documents, packed),
+            (f"{documents}, segments", (*long, 9), 3, of_documents, segmented),
+            ("ALiBi", (*short, 6), 3, pairs, biased),
+            ("ALiBi, learned", (*short, 6), 4, pairs, biased),
+            ("sinks", (*short, 7), 4, pairs, sunk),
+        ]
+    shape = heads, heads, 1
+    cells = [
+        Cell("features", head_dim, *shape, S, S, True, pairs=pairs) for S in (seq_len, PACKED_LEN)
+    ]
+    shapes = [x for cell in cells for x in cell.shapes()]
+    inputs = [*shapes, *arrays]
+    entries = []
+    for name, taken, gradients, visible, function in cases:
+        S = PACKED_LEN if taken[0] == long[0] else seq_len
+        cell = Cell(
+            "features",
+            head_dim,
+            *shape,
+            S,
+            S,
+            True,
+            feature=name,
+            pairs=visible,
+            speed=speed,
+        )
+        given = [inputs[i] for i in taken]
+        build = jax_build(function, given, cell.seconds, backward=gradients)
+        entries.append(Entry(OURS, build, cell, name, "causal", per_work=True, inputs=taken))
+    return Group(entries[0].cell, shapes, entries, arrays)
 
 
-def run(*, heads: int, speed: float) -> list[dict[str, Any]]:
-    """Times every case, bfloat16, in alternation with plain causal; prints and returns rows.
+def groups(*, heads: int, speed: float = SPEED, seq_len: int = SEQ_LEN) -> list[Group]:
+    """Every feature, one group per head dim.
 
     Args:
       heads: query and key heads.
       speed: about what the device does, FLOP/s; long calls are repeated less.
+      seq_len: tokens, but of the packed documents.
     """
-    rows = []
-    print("| pass | feature | head dim | S | ms | time per visible pair over causal |")
-    print("|---|---|---|---|---|---|")
-    plain: dict[int, tuple[Case, dict[str, Any]]] = {}
-    for case in _cases(heads):
-        shape = (1, case.seq_len, heads, case.head_dim)
-        keys = jax.random.split(jax.random.key(0), 3)
-        inputs = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-        flops = 4 * heads * case.visible * case.head_dim
-        timed = timers(case.function, (*inputs, *case.more), repeats_for(flops / speed))
-        if case.name == "causal":
-            plain[case.head_dim] = case, timed
-        base, base_timed = plain[case.head_dim]
-        for op, timer in timed.items():
-            pairs = [(timer(), base_timed[op]()) for _ in range(ROUNDS)]
-            ratio = statistics.median(a / b for a, b in pairs) * base.visible / case.visible
-            ms = 1e3 * statistics.median(a for a, _ in pairs)
-            rows.append(
-                {
-                    "op": op,
-                    "feature": case.name,
-                    "head_dim": case.head_dim,
-                    "heads": heads,
-                    "seq_len": case.seq_len,
-                    "dtype": "bfloat16",
-                    "ms": ms,
-                    "ratio_per_visible_pair": ratio,
-                }
-            )
-            print(
-                f"| {op} | {case.name} | {case.head_dim} | {case.seq_len} | {ms:.3f} | "
-                f"{ratio:.2f} |",
-                flush=True,
-            )
-    return rows
+    return [_group(D, heads, speed, seq_len) for D in (128, 64, 256)]

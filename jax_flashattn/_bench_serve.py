@@ -1,198 +1,205 @@
-"""Serving on a GPU: decoding from dense and paged caches beside cuDNN, and chunked prefill.
+"""Serving on a GPU: decoding from dense and paged caches beside the peers, and chunked prefill.
 
 Decoding is bound by reading K and V, so its figure is their bytes over time; chunks are compared
-with the forward over the same keys without pages. Ours and the peers' alternate.
+with the forward over the same keys without pages.
 """
 
-import math
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jax_flashattn import _bench_peers
 from jax_flashattn._api import attention
+from jax_flashattn._bench_harness import Cell, Entry, Group
+from jax_flashattn._bench_report import OURS
 from jax_flashattn._kv_cache import PagedKVCache
 from jax_flashattn._serving import paged_attention
-from jax_flashattn._timing import LEAST_SECONDS, Timer, forward_timer, repeats_for
+from jax_flashattn._timing import jax_build
 
-ROUNDS = 5
-BANDWIDTH = 3e12  # about what the device reads, bytes per second
-SPEED = 5e14
 PAGE_SIZES = (16, 128)
-
-Case = tuple[int, int, int, int, int]  # batch, keys, query heads, key heads, head dim
-BATCHES = [(1, 131072), (4, 32768), (32, 8192), (128, 2048), (8, 4096), (1, 8192)]
-DECODE_CASES: list[Case] = [
-    *((B, S, 32, 8, D) for D in (128, 64) for B, S in BATCHES),
-    *((B, S, 64, 8, D) for D in (128, 64) for B, S in BATCHES[2:4]),
-    *((B, S // 4, 32, 32, D) for D in (128, 64) for B, S in BATCHES[2:4]),
-    *((B, S, 128, 1, 128) for B, S in ((64, 8192), (4, 32768))),
-    (1, 1024, 32, 8, 128),
-    (16, 512, 32, 8, 128),
-]
+HEADS = ((32, 8), (64, 8), (32, 32), (128, 1))
+BATCHES = ((1, 131072), (4, 32768), (32, 8192), (128, 2048), (8, 4096), (1, 8192))
+SMALL = ((1, 8192), (8, 4096), (1, 1024), (16, 512))  # warm or cold in the L2; 32/8, head dim 128
+COLD_BYTES = 256 << 20  # keys and values of calls that take turns: several times any L2
+MIXED_BATCH, MIXED_KEYS = 64, 32768
 CHUNKS = [(chunk, prefix) for chunk in (512, 2048) for prefix in (8192, 32768)]
+# Of 8-bit keys, which hold 512 MB and more.
+FP8_CASES = ((128, 4, 65536), (128, 32, 16384), (128, 128, 4096), (64, 4, 131072), (64, 32, 32768))
 
 
-def _keys(case: Case) -> tuple[jax.Array, jax.Array]:
-    B, S, _, K, D = case
-    of_k, of_v = jax.random.split(jax.random.key(0))
-    k = jax.random.normal(of_k, (B, S, K, D), jnp.bfloat16)
-    return k, jax.random.normal(of_v, (B, S, K, D), jnp.bfloat16)
+def _cell(set: str, head_dim: int, heads: int, kv_heads: int, B: int, S: int, **more: Any) -> Cell:
+    size = 1 if "float8" in more.get("dtype", "") else 2
+    moved = B * S * kv_heads * head_dim * 2 * size
+    return Cell(set, head_dim, heads, kv_heads, B, 1, S, **{"moved": moved, **more})
 
 
-def _paged(k: jax.Array, v: jax.Array, page_size: int, lengths: Any) -> PagedKVCache:
-    """The same memory as pages in random order."""
-    B, S, K, D = k.shape
-    pages = S // page_size
-    table = np.random.default_rng(0).permutation(B * pages).reshape(B, pages)
-    k, v = (x.reshape(B * pages, page_size, K, D) for x in (k, v))
-    return PagedKVCache(k, v, jnp.asarray(table, jnp.int32), jnp.asarray(lengths, jnp.int32))
+def page_table(batch: int, pages: int) -> np.ndarray:
+    """Pages of sequences that share a pool without a gap, in random order."""
+    table = np.random.default_rng(0).permutation(batch * pages)
+    return table.reshape(batch, pages).astype(np.int32)
 
 
-def _decode_paged(
-    q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    return paged_attention(q, PagedKVCache(k, v, table, lengths))
+def _paged(page_size: int) -> Callable[..., jax.Array]:
+    """Of q, dense keys and values taken as pages, lengths and page table."""
+
+    def function(
+        q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, table: jax.Array
+    ) -> jax.Array:
+        k, v = (x.reshape(-1, page_size, *x.shape[2:]) for x in (k, v))
+        return paged_attention(q, PagedKVCache(k, v, table, lengths))
+
+    return function
 
 
-def _timer_of_pages(q: jax.Array, cache: PagedKVCache, repeats: int) -> Timer:
-    arrays = cache.k_pages, cache.v_pages, cache.page_table, cache.lengths
-    return forward_timer(_decode_paged, (q, *arrays), repeats)
+def _pages(case: Cell) -> list[np.ndarray]:
+    """Lengths, and a page table for each size of pages."""
+    lengths = np.full(case.batch, case.seq_kv, np.int32)
+    return [lengths, *(page_table(case.batch, case.seq_kv // size) for size in PAGE_SIZES)]
 
 
-def _alternate(timed: dict[str, Timer]) -> dict[str, list[float]]:
-    rounds = [{name: timer() for name, timer in timed.items()} for _ in range(ROUNDS)]
-    return {name: [r[name] for r in rounds] for name in timed}
+def _variant(case: Cell, **changes: Any) -> Cell:
+    return Cell(**{**vars(case), **changes})
 
 
-def _row(op: str, impl: str, case: Case, seconds: float, **more: Any) -> dict[str, Any]:
-    B, S, N, K, D = case
-    return {
-        "op": op,
-        "impl": impl,
-        "head_dim": D,
-        "head_dim_v": D,
-        "heads": N,
-        "kv_heads": K,
-        "batch": B,
-        "seq_q": 1,
-        "seq_kv": S,
-        "causal": op != "decode",
-        "dtype": "bfloat16",
-        "feature": "plain",
-        "ms": seconds * 1e3,
-        **more,
-    }
-
-
-def _decode(case: Case) -> list[dict[str, Any]]:
-    B, S, N, _, D = case
-    k, v = _keys(case)
-    q = jax.random.normal(jax.random.key(1), (B, 1, N, D), jnp.bfloat16)
-    moved = k.nbytes + v.nbytes
-    # Short calls need many in a program, or starting it counts.
-    repeats = min(256, math.ceil(LEAST_SECONDS / (moved / BANDWIDTH + 5e-6)))
-    cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    timed = {
-        "jax_flashattn": forward_timer(attention, (q, k, v), repeats),
-        "jax_cudnn": forward_timer(cudnn, (q, k, v), repeats),
-    }
-    for page_size in PAGE_SIZES:
-        cache = _paged(k, v, page_size, np.full(B, S))
-        timed[f"pages of {page_size}"] = _timer_of_pages(q, cache, repeats)
-    found = _alternate(timed)
-    ours = found["jax_flashattn"]
-    rows = []
-    for name, seconds in found.items():
-        pages = name.startswith("pages")
-        row = _row(
-            "paged_decode" if pages else "decode",
-            "jax_flashattn" if pages else name,
-            case,
-            statistics.median(seconds),
-            gbs=moved / statistics.median(seconds) / 1e9,
-        )
-        if pages:
-            row["feature"] = name
-        if name != "jax_flashattn":
-            ratio = statistics.median(b / a for a, b in zip(ours, seconds, strict=True))
-            row["our_dense_speedup"] = ratio
-        rows.append(row)
-    return rows
-
-
-def _mixed_lengths() -> list[dict[str, Any]]:
-    """Log-normal lengths, and equal ones of the same sum."""
-    B, S, page_size = 64, 32768, 16
-    case = (B, S, 32, 8, 128)
-    rng = np.random.default_rng(0)
-    mixed = np.clip(rng.lognormal(8, 1, B), 16, S).astype(int) // page_size * page_size
-    equal = np.full(B, mixed.sum() // B // page_size * page_size)
-    k, v = _keys((B, S // 4, 32, 8, 128))  # pages are shared: few of the table are in use
-    q = jax.random.normal(jax.random.key(1), (B, 1, 32, 128), jnp.bfloat16)
-    pages = np.random.default_rng(0).permutation(B * S // 4 // page_size)
-    timed = {}
-    for name, lengths in (("equal lengths", equal), ("log-normal lengths", mixed)):
-        cache = _paged(k, v, page_size, lengths)
-        table, first = np.zeros((B, S // page_size), np.int32), 0
-        for b, n in enumerate(lengths // page_size):
-            table[b, :n] = np.take(pages, range(first, first + n), mode="wrap")
-            first += n
-        cache = PagedKVCache(cache.k_pages, cache.v_pages, jnp.asarray(table), cache.lengths)
-        timed[name] = _timer_of_pages(q, cache, 20)
-    rows = []
-    sums = {"equal lengths": equal.sum(), "log-normal lengths": mixed.sum()}
-    for name, seconds in _alternate(timed).items():
-        moved = int(sums[name]) * 8 * 128 * 2 * 2
-        time = statistics.median(seconds)
-        row = _row("paged_decode", "jax_flashattn", case, time, gbs=moved / time / 1e9)
-        rows.append({**row, "feature": f"pages of {page_size}, {name}"})
-    return rows
-
-
-def _chunk(chunk: int, prefix: int) -> list[dict[str, Any]]:
-    """A chunk of prefill over pages, and the forward on the same shape without."""
-    S, N, K, D = prefix + chunk, 32, 8, 128
-    case = (1, S, N, K, D)
-    k, v = _keys(case)
-    q = jax.random.normal(jax.random.key(1), (1, chunk, N, D), jnp.bfloat16)
-    flops = 4 * N * D * (chunk * prefix + chunk * (chunk + 1) / 2)
-    repeats = repeats_for(flops / SPEED)
-    dense = partial(attention, is_causal=True, query_offset="end")
-    timed = {"plain": forward_timer(dense, (q, k, v), repeats)}
-    for page_size in PAGE_SIZES:
-        cache = _paged(k, v, page_size, [S])
-        timed[f"pages of {page_size}"] = _timer_of_pages(q, cache, repeats)
-    rows = []
-    for name, seconds in _alternate(timed).items():
-        time = statistics.median(seconds)
-        row = _row("prefill", "jax_flashattn", case, time, tflops=flops / time / 1e12)
-        rows.append({**row, "seq_q": chunk, "feature": name})
-    return rows
-
-
-def run(*, cases: list[Case] | None = None) -> list[dict[str, Any]]:
-    """Times every case; prints and returns rows."""
-    rows: list[dict[str, Any]] = []
-    print("| op | batch | keys | heads | head dim | feature | impl | us | GB/s or TF/s |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    jobs: list[Callable[[], list[dict[str, Any]]]] = [
-        *(partial(_decode, case) for case in (DECODE_CASES if cases is None else cases)),
-        _mixed_lengths,
-        *(partial(_chunk, *x) for x in CHUNKS),
+def decode_group(case: Cell) -> Group:
+    """One query token a sequence: dense, and pages of each size."""
+    arrays = _pages(case)
+    shapes = case.shapes()
+    inputs = [*shapes, *arrays]
+    entries = [Entry(OURS, jax_build(attention, shapes, case.seconds, op="decode"), case)]
+    entries += _bench_peers.decode(case)
+    dense = [inputs[i] for i in (0, 1, 2, 3)] + [arrays[1]]
+    for build in _bench_peers.fa3_kv_cache(case, dense, page_size=0, op="decode"):
+        entries.append(Entry("flash_attn3_jax", build, case, inputs=(0, 1, 2, 3, 4)))
+    entries = [
+        entry if entry.inputs else Entry(entry.impl, entry.build, case, inputs=(0, 1, 2))
+        for entry in entries
     ]
-    for job in jobs:
-        for row in job():
-            rows.append(row)
-            rate = row.get("gbs") or row["tflops"]
-            print(
-                f"| {row['op']} | {row['batch']} | {row['seq_kv']} | {row['heads']}/"
-                f"{row['kv_heads']} | {row['head_dim']} | {row['feature']} | {row['impl']} | "
-                f"{row['ms'] * 1e3:.1f} | {rate:.0f} |",
-                flush=True,
+    for number, page_size in enumerate(PAGE_SIZES):
+        changes = {"set": f"paged {case.set}", "op": "paged_decode"}
+        paged = _variant(case, feature=f"pages of {page_size}", **changes)
+        taken = (0, 1, 2, 3, 4 + number)
+        given = [inputs[i] for i in taken]
+        build = jax_build(_paged(page_size), given, case.seconds, op="decode")
+        entries.append(Entry(OURS, build, paged, paged.feature, inputs=taken))
+        for build in _bench_peers.fa3_kv_cache(paged, given, page_size=page_size, op="decode"):
+            name = f"flash_attn3_jax {page_size}"
+            entries.append(
+                Entry("flash_attn3_jax", build, paged, name, paged.feature, inputs=taken)
             )
-    return rows
+    return Group(case, shapes, entries, arrays)
+
+
+def cold_group(case: Cell) -> Group:
+    """The same dense decode with keys that the L2 doesn't hold: calls take turns over copies."""
+    copies = max(2, -(-COLD_BYTES // (case.moved or 1)))
+    case = _variant(case, set=f"{case.set}, cold L2", feature="cold L2")
+    q, k, v = case.shapes()
+    shapes = [q, *[k, v] * copies]
+    functions = _bench_peers.take_turns(attention, copies)
+    build = jax_build(functions, shapes, case.seconds, op="decode")
+    return Group(
+        case, shapes, [Entry(OURS, build, case), *_bench_peers.decode(case, copies=copies)]
+    )
+
+
+def mixed_group(batch: int = MIXED_BATCH, most: int = MIXED_KEYS) -> Group:
+    """Log-normal lengths, and equal ones of the same sum, in pages of 16."""
+    page_size, kv_heads, head_dim = PAGE_SIZES[0], 8, 128
+    rng = np.random.default_rng(0)
+    mixed = np.clip(rng.lognormal(8, 1, batch), page_size, most).astype(int)
+    mixed = mixed // page_size * page_size
+    equal = np.full(batch, mixed.sum() // batch // page_size * page_size)
+    pool = most // 4  # pages are shared: few of the table are in use
+    order = rng.permutation(batch * pool // page_size)
+    arrays, entries = [], []
+    shapes = _cell("", head_dim, 32, kv_heads, batch, pool).shapes()
+    for name, lengths in (("equal lengths", equal), ("log-normal lengths", mixed)):
+        table, first = np.zeros((batch, most // page_size), np.int32), 0
+        for b, n in enumerate(lengths // page_size):
+            table[b, :n] = np.take(order, range(first, first + n), mode="wrap")
+            first += n
+        case = _cell(
+            "mixed lengths",
+            head_dim,
+            32,
+            kv_heads,
+            batch,
+            most,
+            feature=f"pages of {page_size}, {name}",
+            moved=int(lengths.sum()) * kv_heads * head_dim * 4,
+        )
+        taken = (0, 1, 2, 3 + len(arrays), 4 + len(arrays))
+        arrays += [lengths.astype(np.int32), table]
+        given = [*shapes, *arrays[-2:]]
+        build = jax_build(_paged(page_size), given, case.seconds, op="paged_decode")
+        entries.append(Entry(OURS, build, case, name, "equal lengths", True, taken))
+    return Group(entries[0].cell, shapes, entries, arrays)
+
+
+def prefill_group(chunk: int, prefix: int) -> Group:
+    """A chunk of prefill over pages, and the forward on the same shape without."""
+    S = prefix + chunk
+    pairs = chunk * prefix + chunk * (chunk + 1) / 2
+    case = Cell("prefill", 128, 32, 8, 1, chunk, S, causal=True, pairs=pairs)
+    arrays = _pages(case)
+    inputs = [*case.shapes(), *arrays]
+    dense = partial(attention, is_causal=True, query_offset="end")
+    build = jax_build(dense, case.shapes(), case.seconds, op="prefill")
+    entries = [Entry(OURS, build, case, inputs=(0, 1, 2))]
+    for number, page_size in enumerate(PAGE_SIZES):
+        paged = _variant(case, feature=f"pages of {page_size}")
+        taken = (0, 1, 2, 3, 4 + number)
+        given = [inputs[i] for i in taken]
+        build = jax_build(_paged(page_size), given, case.seconds, op="prefill")
+        entries.append(Entry(OURS, build, paged, paged.feature, inputs=taken))
+    return Group(case, case.shapes(), entries, arrays)
+
+
+def fp8_group(case: Cell) -> Group:
+    """Decoding from 8-bit keys and values, beside the same in bfloat16: tokens per second."""
+    eight = _variant(case, dtype="float8_e4m3fn", moved=(case.moved or 0) // 2)
+    arrays = _pages(case)
+    q, k, v = case.shapes()
+    shapes = [q, k, v, *eight.shapes()[1:]]
+    inputs = [*shapes, *arrays]
+    build = jax_build(attention, [q, k, v], case.seconds, op="decode")
+    entries = [Entry(OURS, build, case, "bfloat16", inputs=(0, 1, 2))]
+    build = jax_build(attention, [q, *shapes[3:]], eight.seconds, op="decode")
+    entries.append(Entry(OURS, build, eight, eight.dtype, "bfloat16", inputs=(0, 3, 4)))
+    for number, page_size in enumerate(PAGE_SIZES):
+        feature = f"pages of {page_size}"
+        for kind, dense in ((case, (0, 1, 2)), (eight, (0, 3, 4))):
+            changes = {"set": f"paged {case.set}", "op": "paged_decode"}
+            paged = _variant(kind, feature=feature, **changes)
+            taken = (*dense, 5, 6 + number)
+            given = [inputs[i] for i in taken]
+            build = jax_build(_paged(page_size), given, kind.seconds, op="decode")
+            base = "bfloat16" if kind is case else f"bfloat16, {feature}"
+            name = f"{kind.dtype}, {feature}"
+            entries.append(Entry(OURS, build, paged, name, base, inputs=taken))
+    return Group(case, shapes, entries, arrays)
+
+
+def groups() -> list[Group]:
+    """Every cell but those of 8-bit keys."""
+    found = [
+        decode_group(_cell("decode", D, *heads, B, S))
+        for D in (128, 64)
+        for heads in HEADS
+        for B, S in BATCHES
+    ]
+    small = [_cell("small decode", 128, 32, 8, B, S) for B, S in SMALL]
+    found += [decode_group(case) for case in small] + [cold_group(case) for case in small]
+    return [*found, mixed_group(), *(prefill_group(*x) for x in CHUNKS)]
+
+
+def fp8_groups() -> list[Group]:
+    """Decoding from 8-bit keys."""
+    return [
+        fp8_group(_cell("float8 decode", D, 32, 8, B, S, moved=B * S * 8 * D * 4))
+        for D, B, S in FP8_CASES
+    ]

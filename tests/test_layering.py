@@ -7,14 +7,29 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+BENCH = {"_bench_harness", "_bench_report", "_timing"}  # what every section is built of
 # Each Python module and the modules of the package that it may import.
 PYTHON = {
     "__init__": {"_api", "_explain", "_kv_cache", "_page_allocator", "_serving", "_spec"},
     "__main__": {"_bench", "_bench_cuda", "_lowering_cuda", "_native"},
-    "_bench": {"_api", "_bench_features", "_native"},
-    "_bench_cuda": {"_api", "_bench_features", "_bench_serve", "_native", "_timing"},
-    "_bench_serve": {"_api", "_kv_cache", "_serving", "_timing"},
-    "_bench_features": {"_api", "_timing"},
+    "_bench": {"_api", "_bench_features", "_bench_harness", "_bench_report", "_native"},
+    "_bench_cuda": {
+        "_bench_features",
+        "_bench_fp8",
+        "_bench_harness",
+        "_bench_overhead",
+        "_bench_plain",
+        "_bench_report",
+        "_bench_serve",
+    },
+    "_bench_plain": {*BENCH, "_api", "_bench_features", "_bench_peers"},
+    "_bench_serve": {*BENCH, "_api", "_bench_peers", "_kv_cache", "_serving"},
+    "_bench_fp8": {*BENCH, "_api", "_bench_peers", "_bench_plain", "_bench_serve", "_fp8"},
+    "_bench_features": {*BENCH, "_api"},
+    "_bench_overhead": {*BENCH, "_api"},
+    "_bench_peers": {"_bench_harness", "_timing"},
+    "_bench_harness": {"_bench_report", "_timing"},
+    "_bench_report": {"_native"},
     "_timing": set(),
     "_api": {"_prepare", "_reference", "_spec", "_vjp"},
     "_explain": {"_fp8", "_lowering_cuda", "_lowering_serve", "_native", "_prepare", "_spec"},
@@ -60,8 +75,8 @@ FLAX = {"_api", "_spec", "flax"}
 
 def imports(source: str) -> set[str]:
     found = set(re.findall(r"from jax_flashattn\.(\w+) import", source))
-    for names in re.findall(r"from jax_flashattn import (.+)", source):
-        found |= {name.strip() for name in names.split(",")}
+    for names in re.findall(r"from jax_flashattn import (\([^)]+\)|.+)", source):
+        found |= set(re.findall(r"\w+", names))
     return found
 
 

@@ -1,0 +1,46 @@
+"""The forward of 8-bit inputs on a GPU beside cuDNN's, and decoding from 8-bit caches."""
+
+from functools import partial
+
+import jax.numpy as jnp
+
+from jax_flashattn import _bench_peers, _bench_plain, _bench_serve
+from jax_flashattn._api import attention
+from jax_flashattn._bench_harness import Cell, Entry, Group
+from jax_flashattn._bench_report import OURS
+from jax_flashattn._fp8 import ACCUMULATIONS
+from jax_flashattn._timing import jax_build, queries_for
+
+LENGTHS = (1024, 4096, 16384)
+
+
+def _group(case: Cell) -> Group:
+    entries = []
+    queries = max(2, queries_for(case.seconds))
+    q, k, v = case.shapes()
+    for accumulation in ACCUMULATIONS:
+        ours = partial(
+            attention,
+            is_causal=case.causal,
+            fp8_accumulation=accumulation,
+            q_scale=1.0,
+            k_scale=1.0,
+            v_scale=1.0,
+        )
+        build = jax_build(ours, case.shapes(), case.seconds, queries=queries)
+        kind = case if accumulation == "fast" else Cell(**{**vars(case), "feature": accumulation})
+        name = OURS if accumulation == "fast" else accumulation
+        entries.append(Entry(OURS, build, kind, name))
+    return Group(case, [*[q] * queries, k, v], [*entries, *_bench_peers.fp8(case, queries)])
+
+
+def groups() -> list[Group]:
+    """The forward's cells, then decoding."""
+    dtype = jnp.dtype(jnp.float8_e4m3fn).name
+    cells = [
+        _bench_plain.cell("float8", head_dim, S, causal, dtype=dtype)
+        for head_dim in _bench_plain.HEAD_DIMS
+        for causal in (False, True)
+        for S in LENGTHS
+    ]
+    return [*map(_group, cells), *_bench_serve.fp8_groups()]
