@@ -215,6 +215,31 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }
 
+// The main kernel of the Hopper family wants tensor maps.
+Status LaunchBwd(const ArchKernels& kernels, const Call& call, const BwdParams& bwd,
+                 int multiprocessors, driver::CuStream stream) {
+  BwdParams params = bwd;
+  const ProblemParams& p = params.problem;
+  const KernelSpec& kernel = kernels.plan.kernels[1];
+  // Without queries keys still get their zeros.
+  void* const stand_in = call.q != nullptr ? call.q : call.k;
+  if (kernel.box_rows_q != 0 && stand_in != nullptr) {
+    const auto encode = [&](const TensorArg& tensor, int dim, int rows, int heads, int box_rows,
+                            TensorMap* map) {
+      return launch::EncodeTensorMap(tensor, {dim, rows, heads, p.batch, box_rows}, stand_in, map);
+    };
+    const int rows_q = kernel.box_rows_q, rows_kv = kernel.box_rows_kv;
+    JFA_RETURN_IF_ERROR(encode(params.q, p.head_dim, p.q_len, p.num_heads, rows_q, &params.maps.q));
+    JFA_RETURN_IF_ERROR(
+        encode(params.dout, p.head_dim_v, p.q_len, p.num_heads, rows_q, &params.maps.dout));
+    JFA_RETURN_IF_ERROR(
+        encode(params.k, p.head_dim, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.k));
+    JFA_RETURN_IF_ERROR(
+        encode(params.v, p.head_dim_v, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.v));
+  }
+  return LaunchAll(kernels, call, params, multiprocessors, stream);
+}
+
 Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodeParams& decode,
                     int multiprocessors, driver::CuStream stream) {
   const DecodeShare share = ShareDecode(kernels.plan, call.sizes, multiprocessors);
@@ -285,7 +310,7 @@ Status Execute(Target target, const Attributes& attrs, driver::CuStream stream, 
     case Op::kFwd:
       return LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream);
     case Op::kBwd:
-      return LaunchAll(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
+      return LaunchBwd(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
     case Op::kDecode:
       break;
   }

@@ -45,6 +45,13 @@ bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant);
 
+struct BwdSm90Tile {
+  int block_m, block_n, stages;
+};
+
+// `size` is the tile class of both head dims, 64 or 128.
+BwdSm90Tile PickBwdSm90Tile(int size);
+
 // Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
 // latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.
 struct DecodeTile {

@@ -92,6 +92,9 @@ struct DecodeParams {
 };
 
 struct BwdParams {
+  struct {
+    TensorMap q, k, v, dout;
+  } maps;  // where the copy engine is used
   ProblemParams problem;
   TensorArg q, k, v, out, dout;
   const float* lse;

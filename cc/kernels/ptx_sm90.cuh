@@ -118,9 +118,18 @@ JFA_DEVICE void Pin(float (&x)[kM][kN][4]) {
   }
 }
 
+// Shared memory operand in panels of 64 columns: rows of 128 bytes in groups of 8 (1024 bytes),
+// swizzled; `leading` bytes from panel to panel, which counts only where a product's outer
+// dimension runs over panels.
+JFA_DEVICE uint64 PanelDescriptor(uint32 address, uint32 leading) {
+  constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = 1024 >> 4;
+  return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |
+         (address & 0x3ffff) >> 4;
+}
+
 // Products of every width in use; the specialisations below hold nothing but the instruction.
 //   Ss  a from shared memory (rows along the product's inner dimension), Rs  a from registers
-//   b   from shared memory; kTransB: stored with the inner dimension along rows
+//   b   from shared memory; kTransB (kTransA): stored with the outer dimension along rows
 //   accumulate 0: d is overwritten
 template <int kN>
 struct Wgmma;
@@ -180,11 +189,12 @@ struct Wgmma;
 #define JFA_D15() JFA_D14(), JFA_D(14)
 #define JFA_D16() JFA_D15(), JFA_D(15)
 
-#define JFA_WGMMA_SS(TYPE, kN, LIST, OUT, I0, I1, I2, I3)                                        \
+#define JFA_WGMMA_SS(TYPE, kN, LIST, OUT, I0, I1, I2, I3, I4)                                    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                  \
                "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." TYPE "." TYPE " {" LIST "}, %"  \
-               #I0 ", %" #I1 ", p, 1, 1, 0, %" #I3 ";\n}"                                         \
-               : OUT() : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB ? 1 : 0))
+               #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"                                  \
+               : OUT() : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA ? 1 : 0),                     \
+                 "n"(kTransB ? 1 : 0))
 #define JFA_WGMMA_RS(TYPE, kN, LIST, OUT, I0, I1, I2, I3, I4, I5, I6)                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                  \
                "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." TYPE "." TYPE " {" LIST "}, {%" \
@@ -194,12 +204,12 @@ struct Wgmma;
 #define JFA_DEFINE_WGMMA(kN, LIST, OUT, I0, I1, I2, I3, I4, I5, I6)                              \
   template <>                                                                                     \
   struct Wgmma<kN> {                                                                              \
-    template <bool kBf16, bool kTransB>                                                           \
+    template <bool kBf16, bool kTransB, bool kTransA = false>                                     \
     static JFA_DEVICE void Ss(float (&d)[1][kN / 8][4], uint64 a, uint64 b, int accumulate) {     \
       if constexpr (kBf16) {                                                                      \
-        JFA_WGMMA_SS("bf16", kN, LIST, OUT, I0, I1, I2, I3);                                      \
+        JFA_WGMMA_SS("bf16", kN, LIST, OUT, I0, I1, I2, I3, I4);                                  \
       } else {                                                                                    \
-        JFA_WGMMA_SS("f16", kN, LIST, OUT, I0, I1, I2, I3);                                       \
+        JFA_WGMMA_SS("f16", kN, LIST, OUT, I0, I1, I2, I3, I4);                                   \
       }                                                                                           \
     }                                                                                             \
     template <bool kBf16, bool kTransB>                                                           \
