@@ -185,7 +185,7 @@ Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& k
   const ProblemParams& p = fwd.problem;
   const bool paged = fwd.pages.table != nullptr;
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
-  const int block_rows = kernel.box_rows_kv, bytes = kernel.input_bytes;
+  const int block_rows = kernel.box_rows_kv, bytes = kernel.kv_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
@@ -204,7 +204,7 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.input_bytes},
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes},
       call.q, &params.q));
   JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
@@ -349,10 +349,10 @@ Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
 Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                           int64_t arch, int64_t rows, bool heads_first) {
-  Attributes attrs =
-      CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+                           int64_t arch, int64_t fp8, int64_t rows, bool heads_first) {
+  Attributes attrs = FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left,
+                                   window_right, sink_tokens, aux, is_bf16, head_dim, head_dim_v,
+                                   arch, fp8);
   attrs.rows = rows;
   attrs.heads_first = heads_first;
   return attrs;
@@ -423,7 +423,7 @@ auto BindBwdAttributes(Binding&& binding) {
 
 template <typename Binding>
 auto BindServeAttributes(Binding&& binding) {
-  return BindCommonAttributes(std::forward<Binding>(binding))
+  return BindFwdAttributes(std::forward<Binding>(binding))
       .template Attr<int64_t>("rows")
       .template Attr<bool>("heads_first");
 }

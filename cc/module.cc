@@ -52,7 +52,7 @@ nb::dict CudaHandlers() {
       Stages(jfa::CudaFwdInstantiate, jfa::CudaFwdInitialize, jfa::CudaFwdExecute);
   handlers["jfa_bwd_v3"] =
       Stages(jfa::CudaBwdInstantiate, jfa::CudaBwdInitialize, jfa::CudaBwdExecute);
-  handlers["jfa_serve_v1"] =
+  handlers["jfa_serve_v2"] =
       Stages(jfa::CudaServeInstantiate, jfa::CudaServeInitialize, jfa::CudaServeExecute);
   return handlers;
 }
@@ -88,6 +88,7 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
       {"segments", &variant.segments},   {"packed", &variant.packed},
       {"dslopes", &variant.dslopes},     {"deterministic", &variant.deterministic},
       {"paged", &variant.paged},         {"fp8", &variant.fp8},
+      {"fp8_kv", &variant.fp8_kv},
       {"two_level", &variant.two_level}, {"e5m2_q", &variant.e5m2_q},
       {"e5m2_k", &variant.e5m2_k},       {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {

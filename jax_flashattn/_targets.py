@@ -16,7 +16,7 @@ from jax_flashattn import _native
 # persistent cache refer to it, so a changed meaning needs a new name beside the old one.
 FWD_TARGET = "jfa_fwd_v3"
 BWD_TARGET = "jfa_bwd_v3"
-SERVE_TARGET = "jfa_serve_v1"
+SERVE_TARGET = "jfa_serve_v2"
 PAGED_TARGET = "jfa_paged_v1"
 
 

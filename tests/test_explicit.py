@@ -191,7 +191,7 @@ def test_checkpoint(saved, num_forward, mesh):
 
     text = compiled(jax.grad(loss), q)
     # So few queries are decoded on a GPU.
-    forward = r'custom_call_target="jfa_(fwd_v3|serve_v1)"'
+    forward = r'custom_call_target="jfa_(fwd_v3|serve_v2)"'
     assert len(re.findall(forward, text)) == num_forward
 
 

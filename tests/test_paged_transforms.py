@@ -145,8 +145,8 @@ def test_cuda_call_has_the_memory_of_its_operands(layout):
     )
     lowered = jax.jit(paged_attention).trace(q, cache).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
-    assert text.count("jfa_serve_v1") == 1
-    call = next(line for line in text.splitlines() if "jfa_serve_v1" in line)
+    assert text.count("jfa_serve_v2") == 1
+    call = next(line for line in text.splitlines() if "jfa_serve_v2" in line)
     pages = "[3, 0, 2, 1]" if layout == "NHD" else "[3, 2, 0, 1]"
     assert call.count(f"dense<{pages}>") >= 2
     assert f"heads_first = {str(layout == 'HND').lower()}" in call
