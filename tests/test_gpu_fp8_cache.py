@@ -40,27 +40,29 @@ def test_dtypes(keys, dtype, T):
     oracle_fp8.check(*inputs, k_scale=per_head(1), v_scale=0.5)
 
 
-@LONG
+@pytest.mark.parametrize("T", [16, 150], ids=["decode", "forward"])
 @pytest.mark.parametrize("keys", DTYPES, ids=lambda d: d.__name__)
 def test_every_value(keys, T):
-    """Each finite number of the type, subnormal ones too, is read as what it is."""
+    """Each finite number of the type, subnormal ones too, is read as what it is.
+
+    A query sees one key: its value is the output, one of its elements the log-sum-exp.
+    """
     values = np.arange(256, dtype=np.uint8).view(keys)
     values = values[np.isfinite(values.astype(np.float32))]
-    v = np.resize(values, (1, len(values), 1, 256))
-    v = np.stack([np.roll(values, i) for i in range(256)], axis=1)[None, :, None]
-    # One key per query has nearly all of the weight: its scores alone are large.
-    eye = np.zeros((1, len(values), 1, 256), np.float32)
-    eye[0, np.arange(len(values)), 0, np.arange(len(values)) % 256] = 1
-    for first in range(0, len(values), T):
-        q = np.resize(eye[:, first : first + T], (1, min(T, len(values) - first), 1, 256))
-        q = (q * 64).astype(jnp.bfloat16)
-        out = attention(jnp.asarray(q), jnp.asarray(eye.astype(keys)), jnp.asarray(v), scale=1.0)
-        expected = v[0, first : first + q.shape[1], 0].astype(np.float32)
-        np.testing.assert_allclose(
-            np.asarray(out[0, :, 0], np.float32), expected.astype(jnp.bfloat16).astype(np.float32)
-        )
-        if T == 1 and first > 20:
-            break
+    count = len(values) // T * T
+    kv = np.stack([np.roll(values, -dim) for dim in range(256)], axis=-1)[None, :, None]
+    q = np.zeros((1, T, 1, 256), np.float32)
+    element = 7 * np.arange(T) % 256
+    q[0, np.arange(T), 0, element] = 1
+    q, kv = jnp.asarray(q, jnp.bfloat16), jnp.asarray(kv)
+    options = dict(scale=1.0, local_window_size=0, return_lse=True)
+    f = jax.jit(lambda offset: attention(q, kv, kv, query_offset=offset, **options))
+    for first in range(0, count, T):
+        out, lse = f(jnp.int32(first))
+        seen = np.asarray(kv[0, first : first + T, 0], np.float32)
+        np.testing.assert_array_equal(np.asarray(out[0, :, 0], np.float32), seen)
+        read = np.asarray(lse[0, 0]).astype(keys).astype(np.float32)
+        np.testing.assert_array_equal(read, seen[np.arange(T), element])
 
 
 @LONG
@@ -176,7 +178,7 @@ def test_generation_in_a_scan():
 
     steps = tuple(x.swapaxes(0, 1) for x in (q, k, v))
     _, out = jax.jit(lambda cache: jax.lax.scan(step, cache, steps), donate_argnums=0)(cache)
-    k8, v8 = (k / 0.25).astype(E4M3), (v / 0.5).astype(E4M3)
+    k8, v8 = (4 * k).astype(E4M3), (2 * v).astype(E4M3)
     expected = attention(q, k8, v8, is_causal=True, k_scale=0.25, v_scale=0.5)
     difference = np.asarray(out.swapaxes(0, 1), np.float32) - np.asarray(expected, np.float32)
     assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1

@@ -48,8 +48,9 @@ struct Decode {
   static constexpr int kPanelColumns = 64, kPanelBlocks = kPanelColumns / 16;
   static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;  // of Q
   static constexpr int kPanelsOut = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
-  static constexpr int kPanelsK = C::kFp8 ? (kPanels + 1) / 2 : kPanels;
-  static constexpr int kPanelsV = C::kFp8 ? (kPanelsOut + 1) / 2 : kPanelsOut;
+  static constexpr int kElements = C::kFp8 ? 2 : 1;  // of K and V in a column
+  static constexpr int kPanelsK = (kPanels + kElements - 1) / kElements;
+  static constexpr int kPanelsV = (kPanelsOut + kElements - 1) / kElements;
   using PanelQ = SmemTile<C::kRows, kPanelColumns>;
   using PanelN = SmemTile<C::kBlockN, kPanelColumns>;
   static constexpr int kStageBytes = (kPanelsK > kPanelsV ? kPanelsK : kPanelsV) * PanelN::kBytes;
@@ -141,8 +142,8 @@ struct Decode {
       const uint32 target = stage + lane * box_rows * PanelN::kPitch;
 #pragma unroll
       for (int panel = 0; panel < kNumPanels; ++panel) {
-        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns, boxes.row,
-                boxes.kv_head, boxes.batch, kL2EvictNormal);
+        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns * kElements,
+                boxes.row, boxes.kv_head, boxes.batch, kL2EvictNormal);
       }
     }
   }
@@ -201,7 +202,6 @@ struct Decode {
           next_stage();
           LoadByEngine<kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
         } else {
-          constexpr int kElements = C::kFp8 ? 2 : 1;  // in 16 bits
           next_stage();
           LoadByThreads<kPanelsK>(params, ColumnsOf<C::kFp8>(fwd.k),
                                   fwd.problem.head_dim / kElements, tiles.sequence, kv_head, key0,
