@@ -212,7 +212,8 @@ std::string CheckAttributes(Target target, const Attributes& a) {
 // Of an input that isn't one of 8 bits, or of one with this bit of attribute `fp8`.
 ElementType InputType(const Attributes& attrs, Fp8Bit e5m2) {
   const bool wide = e5m2 == kE5m2Q && (attrs.fp8 & kWideQ) != 0;
-  if (attrs.fp8 != 0 && !wide) return (attrs.fp8 & e5m2) != 0 ? ElementType::kE5m2 : ElementType::kE4m3;
+  if (attrs.fp8 != 0 && !wide)
+    return (attrs.fp8 & e5m2) != 0 ? ElementType::kE5m2 : ElementType::kE4m3;
   return attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
 }
 

@@ -204,8 +204,8 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes},
-      call.q, &params.q));
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes}, call.q,
+      &params.q));
   JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
@@ -350,9 +350,9 @@ Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t 
                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
                            int64_t arch, int64_t fp8, int64_t rows, bool heads_first) {
-  Attributes attrs = FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left,
-                                   window_right, sink_tokens, aux, is_bf16, head_dim, head_dim_v,
-                                   arch, fp8);
+  Attributes attrs =
+      FwdAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
+                    sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
   attrs.rows = rows;
   attrs.heads_first = heads_first;
   return attrs;

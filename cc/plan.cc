@@ -137,8 +137,9 @@ KernelSpec MakeFwd(const Variant& variant, Common common, const ArchInfo& arch) 
     tile.block_n = std::min(tile.block_n, 32);
   }
   const int row_bytes = (common.head_dim + common.head_dim_v) * (variant.fp8_kv ? 1 : 2);
-  const int smem = std::max(2 * tile.block_m * common.head_dim + tile.stages * tile.block_n * row_bytes,
-                            2 * tile.block_m * common.head_dim_v);
+  const int smem =
+      std::max(2 * tile.block_m * common.head_dim + tile.stages * tile.block_n * row_bytes,
+               2 * tile.block_m * common.head_dim_v);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
   AddKeyDtypes(&fields, variant);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);

@@ -37,8 +37,8 @@ struct Variant {
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
   bool paged;          // keys are in pages; forward only, decode's code is the same for both
   int64_t rows;  // decode only: queries of one key head, q_len * group; rounded to a tile class
-  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; not in backward. All three of them, or
-  // keys and values alone.
+  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; not in backward. All three of them,
+  // or keys and values alone.
   bool fp8 = false;
   bool fp8_kv = false;
   bool e5m2_q = false, e5m2_k = false, e5m2_v = false;

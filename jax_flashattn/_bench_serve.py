@@ -34,6 +34,7 @@ DECODE_CASES: list[Case] = [
     (1, 1024, 32, 8, 128),
     (16, 512, 32, 8, 128),
 ]
+FP8_CASES: list[Case] = [(B, S, 32, 8, D) for D in (128, 64) for B, S in BATCHES[:4]]
 CHUNKS = [(chunk, prefix) for chunk in (512, 2048) for prefix in (8192, 32768)]
 
 
@@ -64,7 +65,7 @@ def _timer_of_pages(q: jax.Array, cache: PagedKVCache, repeats: int) -> Timer:
     return forward_timer(_decode_paged, (q, *arrays), repeats)
 
 
-def _alternate(timed: dict[str, Timer]) -> dict[str, list[float]]:
+def _alternate(timed: dict[Any, Timer]) -> dict[Any, list[float]]:
     rounds = [{name: timer() for name, timer in timed.items()} for _ in range(ROUNDS)]
     return {name: [r[name] for r in rounds] for name in timed}
 
@@ -125,6 +126,30 @@ def _decode(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
+def _fp8_decode(case: Case) -> list[dict[str, Any]]:
+    """Keys and values of 8 bits beside the same of 16, dense and in pages."""
+    B, S, N, _, D = case
+    k, v = _keys(case)
+    keys = {x.__name__: (k.astype(x), v.astype(x)) for x in (jnp.bfloat16, jnp.float8_e4m3fn)}
+    q = jax.random.normal(jax.random.key(1), (B, 1, N, D), jnp.bfloat16)
+    timed, moved, page_size = {}, {}, PAGE_SIZES[0]
+    for dtype, (k, v) in keys.items():
+        moved[dtype] = k.nbytes + v.nbytes
+        repeats = min(256, math.ceil(LEAST_SECONDS / (moved[dtype] / BANDWIDTH + 5e-6)))
+        timed[dtype, "plain"] = forward_timer(attention, (q, k, v), repeats)
+        cache = _paged(k, v, page_size, np.full(B, S))
+        timed[dtype, f"pages of {page_size}"] = _timer_of_pages(q, cache, repeats)
+    found = _alternate(timed)
+    rows = []
+    for (dtype, feature), seconds in found.items():
+        time, wide = statistics.median(seconds), found["bfloat16", feature]
+        ratio = statistics.median(b / a for a, b in zip(seconds, wide, strict=True))
+        op = "decode" if feature == "plain" else "paged_decode"
+        row = _row(op, "jax_flashattn", case, time, gbs=moved[dtype] / time / 1e9)
+        rows.append({**row, "feature": feature, "dtype": dtype, "speedup_over_bf16": ratio})
+    return rows
+
+
 def _mixed_lengths() -> list[dict[str, Any]]:
     """Log-normal lengths, and equal ones of the same sum."""
     B, S, page_size = 64, 32768, 16
@@ -182,6 +207,7 @@ def run(*, cases: list[Case] | None = None) -> list[dict[str, Any]]:
     print("|---|---|---|---|---|---|---|---|---|")
     jobs: list[Callable[[], list[dict[str, Any]]]] = [
         *(partial(_decode, case) for case in (DECODE_CASES if cases is None else cases)),
+        *(partial(_fp8_decode, case) for case in (FP8_CASES if cases is None else [])),
         _mixed_lengths,
         *(partial(_chunk, *x) for x in CHUNKS),
     ]

@@ -60,9 +60,7 @@ def options(
     if accumulation not in ACCUMULATIONS:
         raise ValueError(f"fp8_accumulation must be one of {ACCUMULATIONS}, got {accumulation!r}")
     shape = (*batch, num_kv_heads)
-    scales = {
-        name: jnp.broadcast_to(fp8_scale(name, x, shape), shape) for name, x in given.items()
-    }
+    scales = {name: jnp.broadcast_to(fp8_scale(name, x, shape), shape) for name, x in given.items()}
     aux = {}
     if "q_scale" in scales or "k_scale" in scales:
         aux["qk_scale"] = scales.get("q_scale", 1.0) * scales.get("k_scale", 1.0)

@@ -121,7 +121,9 @@ def paged_forward(
     def scaled(x: jax.Array, name: str) -> jax.Array:
         # Pages belong to no sequence, so their scales go to the queries and the output.
         x = x.astype(jnp.float32)
-        return x * jnp.repeat(arrays[name], group, axis=1)[:, None, :, None] if name in arrays else x
+        if name not in arrays:
+            return x
+        return x * jnp.repeat(arrays[name], group, axis=1)[:, None, :, None]
 
     out, lse = _paged_p.bind(
         scaled(q, "qk_scale"),

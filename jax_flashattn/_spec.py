@@ -177,7 +177,10 @@ def check_arrays(
 
 
 def _check_dtypes(q: Any, k: Any, v: Any, names: tuple[str, str, str]) -> None:
-    """Raises TypeError unless q, k, v are of one dtype, or k and v of float8 and q of 16 bits or so."""
+    """Raises TypeError unless the dtypes of q, k and v go together.
+
+    One dtype, or any of float8 for k and v, and for q one of float8 or of 16 bits.
+    """
     q_name, k_name, v_name = names
     if is_fp8(k) and is_fp8(v):
         if not is_fp8(q) and q.dtype not in FP8_QUERY_DTYPES:
@@ -286,9 +289,7 @@ def check_pages(
     dense: bool,
 ) -> None:
     """Raises unless q can attend to the paged cache; `dense` as for `check_arrays`."""
-    check_cache(
-        k_pages, v_pages, page_table, lengths, layout, k_scale=k_scale, v_scale=v_scale
-    )
+    check_cache(k_pages, v_pages, page_table, lengths, layout, k_scale=k_scale, v_scale=v_scale)
     if not hasattr(q, "shape") or not hasattr(q, "dtype"):
         raise TypeError(f"q must be an array, got {type(q).__name__}")
     if q.ndim != (3 if packed else 4):

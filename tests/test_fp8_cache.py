@@ -160,8 +160,8 @@ def test_append_rounds_ties_to_even_and_keeps_subnormals():
 
 def test_generation_in_a_scan():
     """Append and attend in one program, as one causal call over what was stored."""
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in oracle.make_inputs(4, 3, 20, 20, 4, 2, 16, 16,
-                                                                        np.float32)[:3])  # fmt: skip
+    inputs = oracle.make_inputs(4, 3, 20, 20, 4, 2, 16, 16, jnp.bfloat16)[:3]
+    q, k, v = (jnp.asarray(x) for x in inputs)
     cache = make_cache(k_scale=0.25, v_scale=jnp.array([0.5, 1.0]))
 
     def step(cache, token):

@@ -281,12 +281,12 @@ struct Decode {
     const Operand<PanelQ, Side::kA, false, kRowWarps> op_q(smem_q, row_warp, lane);
     const Operand<PanelN, Side::kB, false, kKeyWarps> op_k(smem_k, key_warp, lane);
     if constexpr (C::kFp8) {
-      const auto load_q = [&](uint32 (&a)[4], int, int block) {
+      const auto load_q = [&](uint32(&a)[4], int, int block) {
         auto q = op_q;
         q.base += block / kPanelBlocks * PanelQ::kBytes;
         q.Load(a, 0, block % kPanelBlocks);
       };
-      const auto load_k = [&](uint32 (&b)[4], int n, int step) {
+      const auto load_k = [&](uint32(&b)[4], int n, int step) {
         auto keys = op_k;
         keys.base += step / kPanelBlocks * PanelN::kBytes;
         keys.Load(b, n, step % kPanelBlocks);
@@ -322,7 +322,7 @@ struct Decode {
       uint32 p[1][4];
       PackBlock<C::kBf16 && !C::kFp8>(p[0], w[0], w[1]);
       if constexpr (C::kFp8) {
-        OutputGemm8<C::kE5m2V>(out, p, [&](uint32 (&b)[4], int n) {
+        OutputGemm8<C::kE5m2V>(out, p, [&](uint32(&b)[4], int n) {
           auto values = op_v;
           values.base += n / kPanelBlocks * PanelN::kBytes;
           values.Load(b, n % kPanelBlocks, k * kKeyWarps);

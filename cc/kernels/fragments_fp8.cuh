@@ -81,8 +81,7 @@ JFA_DEVICE float ScoreScale(const FwdParams& p, int batch, int kv_head) {
                                 : __ldg(p.qk_scales + batch * p.problem.num_kv_heads + kv_head);
 }
 JFA_DEVICE float ValueScale(const FwdParams& p, int batch, int kv_head) {
-  return p.v_scales == nullptr ? 1.f
-                               : __ldg(p.v_scales + batch * p.problem.num_kv_heads + kv_head);
+  return p.v_scales == nullptr ? 1.f : __ldg(p.v_scales + batch * p.problem.num_kv_heads + kv_head);
 }
 
 // --- queries ------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ struct FwdSm80 {
   static JFA_DEVICE void ScoreGemm(Scores& s, const uint32 (&q)[kRowBlocks][kDimBlocks][4],
                                    const OperandQ& op_q, const OperandK& op_k) {
     if constexpr (C::kFp8) {
-      const auto load_q = [&](uint32 (&a)[4], int m, int block) {
+      const auto load_q = [&](uint32(&a)[4], int m, int block) {
         if constexpr (C::kQInRegs) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) a[e] = q[m][block][e];
@@ -70,7 +70,7 @@ struct FwdSm80 {
           op_q.Load(a, m, block);
         }
       };
-      const auto load_k = [&](uint32 (&b)[4], int n, int step) { op_k.Load(b, n, step); };
+      const auto load_k = [&](uint32(&b)[4], int n, int step) { op_k.Load(b, n, step); };
       ScoreGemm8<C::kE5m2K, kDimBlocks / 2>(s, load_q, load_k);
     } else if constexpr (C::kQInRegs) {
 #pragma unroll
@@ -106,7 +106,7 @@ struct FwdSm80 {
         PackBlock<C::kBf16 && !C::kFp8>(p[m], w[0], w[1]);
       }
       if constexpr (C::kFp8) {
-        OutputGemm8<C::kE5m2V>(out, p, [&](uint32 (&b)[4], int n) { op_v.Load(b, n, k); });
+        OutputGemm8<C::kE5m2V>(out, p, [&](uint32(&b)[4], int n) { op_v.Load(b, n, k); });
       } else {
         MmaRow<C::kBf16>(out, p, op_v, k);
       }
