@@ -130,7 +130,9 @@ def _fp8_decode(case: Case) -> list[dict[str, Any]]:
     """Keys and values of 8 bits beside the same of 16, dense and in pages."""
     B, S, N, _, D = case
     k, v = _keys(case)
-    keys = {x.__name__: (k.astype(x), v.astype(x)) for x in (jnp.bfloat16, jnp.float8_e4m3fn)}
+    keys = {
+        jnp.dtype(x).name: (k.astype(x), v.astype(x)) for x in (jnp.bfloat16, jnp.float8_e4m3fn)
+    }
     q = jax.random.normal(jax.random.key(1), (B, 1, N, D), jnp.bfloat16)
     timed, moved, page_size = {}, {}, PAGE_SIZES[0]
     for dtype, (k, v) in keys.items():
