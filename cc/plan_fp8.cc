@@ -23,8 +23,7 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
     return {plain && !variant.two_level ? 192 : 128, 128, false, 2, 2};
   }
   // Three warpgroups share each block of keys; under a mask their long tiles compute too much.
-  if (head_dim == 128 && head_dim_v == 128 && plain && variant.mask == Mask::kFull &&
-      !variant.two_level) {
+  if (size == 128 && plain && variant.mask == Mask::kFull && !variant.two_level) {
     return {192, 96, false, 2, 2, true};
   }
   if (size <= 128) return {128, plain ? 192 : 128, false, 2, 2, !variant.two_level};
