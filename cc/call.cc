@@ -163,13 +163,17 @@ std::string CheckAttributes(Target target, const Attributes& a) {
   if (a.sink_tokens < 0) return got("sink_tokens", "at least 0", a.sink_tokens);
   if ((a.aux & ~int64_t{kAllAux}) != 0) return got("aux", "a set of 12 bits", a.aux);
   if (a.fp8 < 0 || a.fp8 > kAllFp8 || (a.fp8 != 0 && (a.fp8 & kFp8) == 0)) {
-    return got("fp8", "0 or an odd number below 32", a.fp8);
+    return got("fp8", "0 or an odd number below 64", a.fp8);
+  }
+  if (a.fp8 != 0 && target == Target::kBwd) return got("fp8", "0 in backward", a.fp8);
+  if ((a.fp8 & kWideQ) != 0 ? (a.fp8 & (kE5m2Q | kTwoLevel)) != 0
+                            : a.fp8 != 0 && target == Target::kServe) {
+    return got("fp8", "of queries that fit the call", a.fp8);
   }
   if (a.schedule < 0 || a.schedule > 2) return got("schedule", "0, 1 or 2", a.schedule);
   if (a.sm_margin < 0) return got("sm_margin", "at least 0", a.sm_margin);
   if (a.sm_margin > 0 && a.schedule == 1) return got("sm_margin", "0 with a grid", a.sm_margin);
   if (a.kv_len < 0) return got("kv_len", "at least 0", a.kv_len);
-  if (a.fp8 != 0 && target != Target::kFwd) return got("fp8", "0 but in forward", a.fp8);
   if (a.fp8 == 0 && (a.aux & (kQkScale | kVScale)) != 0) {
     return got("aux", "without scales unless inputs are of 8 bits", a.aux);
   }
@@ -211,7 +215,9 @@ std::string CheckAttributes(Target target, const Attributes& a) {
 
 // Of an input that isn't one of 8 bits, or of one with this bit of attribute `fp8`.
 ElementType InputType(const Attributes& attrs, Fp8Bit e5m2) {
-  if (attrs.fp8 != 0) return (attrs.fp8 & e5m2) != 0 ? ElementType::kE5m2 : ElementType::kE4m3;
+  const bool wide = e5m2 == kE5m2Q && (attrs.fp8 & kWideQ) != 0;
+  if (attrs.fp8 != 0 && !wide)
+    return (attrs.fp8 & e5m2) != 0 ? ElementType::kE5m2 : ElementType::kE4m3;
   return attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;
 }
 
@@ -431,7 +437,8 @@ Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   variant->packed = attrs.Has(kCuSeqlensQ);
   variant->deterministic = attrs.deterministic;
   variant->dslopes = attrs.has_dslopes;
-  variant->fp8 = attrs.fp8 != 0;
+  variant->fp8 = attrs.fp8 != 0 && (attrs.fp8 & kWideQ) == 0;
+  variant->fp8_kv = (attrs.fp8 & kWideQ) != 0;
   variant->e5m2_q = (attrs.fp8 & kE5m2Q) != 0;
   variant->e5m2_k = (attrs.fp8 & kE5m2K) != 0;
   variant->e5m2_v = (attrs.fp8 & kE5m2V) != 0;

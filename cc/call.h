@@ -52,12 +52,13 @@ enum AuxBit : int64_t {
 
 // Bits of attribute `fp8`: _fp8_attribute of _lowering_cuda.py.
 enum Fp8Bit : int64_t {
-  kFp8 = 1 << 0,  // q, k and v are 8-bit floats: e4m3, or
+  kFp8 = 1 << 0,  // k, v and, without kWideQ, q are 8-bit floats: e4m3, or
   kE5m2Q = 1 << 1,
   kE5m2K = 1 << 2,
   kE5m2V = 1 << 3,
   kTwoLevel = 1 << 4,
-  kAllFp8 = (1 << 5) - 1,
+  kWideQ = 1 << 5,  // q is of 16 bits
+  kAllFp8 = (1 << 6) - 1,
 };
 
 // In the order of the handlers' attributes.
@@ -74,7 +75,7 @@ struct Attributes {
   int64_t head_dim;
   int64_t head_dim_v;
   int64_t arch;
-  // Forward; 0 in backward.
+  // Forward and serve; 0 in backward.
   int64_t fp8 = 0;
   // Forward only.
   int64_t schedule = 0;   // Schedule of plan.h

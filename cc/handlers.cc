@@ -187,7 +187,7 @@ Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& k
   const ProblemParams& p = fwd.problem;
   const bool paged = fwd.pages.table != nullptr;
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
-  const int block_rows = kernel.box_rows_kv, bytes = kernel.input_bytes;
+  const int block_rows = kernel.box_rows_kv, bytes = kernel.kv_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
@@ -206,8 +206,8 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   params.fwd = fwd;
   params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.input_bytes},
-      call.q, &params.q));
+      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes}, call.q,
+      &params.q));
   JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
@@ -346,9 +346,11 @@ ffi::Error Guard(Stage stage) {
 Attributes CommonAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                             int64_t window_left, int64_t window_right, int64_t sink_tokens,
                             int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                            int64_t arch) {
-  return {scale,       soft_cap, is_causal, query_offset, window_left, window_right,
-          sink_tokens, aux,      is_bf16,   head_dim,     head_dim_v,  arch};
+                            int64_t arch, int64_t fp8) {
+  Attributes attrs = {scale,       soft_cap, is_causal, query_offset, window_left, window_right,
+                      sink_tokens, aux,      is_bf16,   head_dim,     head_dim_v,  arch};
+  attrs.fp8 = fp8;
+  return attrs;
 }
 
 Attributes FwdAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
@@ -358,8 +360,7 @@ Attributes FwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
                          int64_t kv_len) {
   Attributes attrs =
       CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
-  attrs.fp8 = fp8;
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
   attrs.schedule = schedule;
   attrs.sm_margin = sm_margin;
   attrs.kv_len = kv_len;
@@ -373,8 +374,7 @@ Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
                          bool has_dslopes) {
   Attributes attrs =
       CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
-  attrs.fp8 = fp8;
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
   attrs.deterministic = deterministic;
   attrs.has_dlse = has_dlse;
   attrs.has_dslopes = has_dslopes;
@@ -384,10 +384,11 @@ Attributes BwdAttributes(float scale, float soft_cap, bool is_causal, int64_t qu
 Attributes ServeAttributes(float scale, float soft_cap, bool is_causal, int64_t query_offset,
                            int64_t window_left, int64_t window_right, int64_t sink_tokens,
                            int64_t aux, bool is_bf16, int64_t head_dim, int64_t head_dim_v,
-                           int64_t arch, int64_t rows, bool heads_first, int64_t sm_margin) {
+                           int64_t arch, int64_t fp8, int64_t rows, bool heads_first,
+                           int64_t sm_margin) {
   Attributes attrs =
       CommonAttributes(scale, soft_cap, is_causal, query_offset, window_left, window_right,
-                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch);
+                       sink_tokens, aux, is_bf16, head_dim, head_dim_v, arch, fp8);
   attrs.rows = rows;
   attrs.heads_first = heads_first;
   attrs.sm_margin = sm_margin;
@@ -441,13 +442,13 @@ auto BindCommonAttributes(Binding&& binding) {
       .template Attr<bool>("is_bf16")
       .template Attr<int64_t>("head_dim")
       .template Attr<int64_t>("head_dim_v")
-      .template Attr<int64_t>("arch");
+      .template Attr<int64_t>("arch")
+      .template Attr<int64_t>("fp8");
 }
 
 template <typename Binding>
 auto BindFwdAttributes(Binding&& binding) {
   return BindCommonAttributes(std::forward<Binding>(binding))
-      .template Attr<int64_t>("fp8")
       .template Attr<int64_t>("schedule")
       .template Attr<int64_t>("sm_margin")
       .template Attr<int64_t>("kv_len");
@@ -456,7 +457,6 @@ auto BindFwdAttributes(Binding&& binding) {
 template <typename Binding>
 auto BindBwdAttributes(Binding&& binding) {
   return BindCommonAttributes(std::forward<Binding>(binding))
-      .template Attr<int64_t>("fp8")
       .template Attr<bool>("deterministic")
       .template Attr<bool>("has_dlse")
       .template Attr<bool>("has_dslopes");

@@ -136,9 +136,12 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   // Any type of the width: nothing is computed on the way.
   constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
   // How much the L2 fetches at a time: no more than a row, what follows is of another head.
-  constexpr int kPromotion128 = 2, kPromotion256 = 3;
+  constexpr int kPromotion64 = 1, kPromotion128 = 2, kPromotion256 = 3;
   const int width = spec.element_bytes;
-  const int promotion = spec.columns * width >= 256 ? kPromotion256 : kPromotion128;
+  const int64_t row_bytes = spec.columns * width;
+  const int promotion = row_bytes >= 256   ? kPromotion256
+                        : row_bytes >= 128 ? kPromotion128
+                                           : kPromotion64;
   constexpr unsigned int kBoxBytes = 128;
   const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
   const auto bytes = [&](long long x) { return static_cast<uint64_t>(x) * width; };

@@ -85,12 +85,13 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
                  : mask == "causal" ? jfa::Mask::kCausal
                                     : jfa::Mask::kFull;
   const std::pair<const char*, bool*> flags[] = {
-      {"softcap", &variant.softcap},     {"alibi", &variant.alibi},
-      {"segments", &variant.segments},   {"packed", &variant.packed},
-      {"dslopes", &variant.dslopes},     {"deterministic", &variant.deterministic},
-      {"paged", &variant.paged},         {"fp8", &variant.fp8},
-      {"two_level", &variant.two_level}, {"e5m2_q", &variant.e5m2_q},
-      {"e5m2_k", &variant.e5m2_k},       {"e5m2_v", &variant.e5m2_v}};
+      {"softcap", &variant.softcap},   {"alibi", &variant.alibi},
+      {"segments", &variant.segments}, {"packed", &variant.packed},
+      {"dslopes", &variant.dslopes},   {"deterministic", &variant.deterministic},
+      {"paged", &variant.paged},       {"fp8", &variant.fp8},
+      {"fp8_kv", &variant.fp8_kv},     {"two_level", &variant.two_level},
+      {"e5m2_q", &variant.e5m2_q},     {"e5m2_k", &variant.e5m2_k},
+      {"e5m2_v", &variant.e5m2_v}};
   for (const std::string& feature : features) {
     if (feature == "grid" || feature == "persistent") {
       variant.schedule = feature == "grid" ? jfa::Schedule::kGrid : jfa::Schedule::kPersistent;

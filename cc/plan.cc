@@ -65,6 +65,13 @@ const char* Name(Mask mask) {
   return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "local";
 }
 
+// "_e4m3" where keys and values are of another dtype than the queries, "_e4m3_e5m2" if they differ.
+std::string KeyDtypes(const Variant& variant) {
+  if (!variant.fp8_kv) return "";
+  const auto name = [](bool e5m2) { return std::string(e5m2 ? "_e5m2" : "_e4m3"); };
+  return name(variant.e5m2_k) + (variant.e5m2_v != variant.e5m2_k ? name(variant.e5m2_v) : "");
+}
+
 // What all kernels of a variant share.
 struct Common {
   int head_dim, head_dim_v, l2_bytes;
@@ -83,7 +90,7 @@ Common MakeCommon(const Variant& variant, const ArchInfo& arch, TileClasses clas
   std::string dims = "_d" + std::to_string(common.head_dim);
   if (common.head_dim_v != common.head_dim) dims += "x" + std::to_string(common.head_dim_v);
   if (!common.aligned) dims += "_unaligned";
-  common.suffix_without_mask = std::string("_") + Name(variant.dtype) + dims;
+  common.suffix_without_mask = std::string("_") + Name(variant.dtype) + KeyDtypes(variant) + dims;
   common.suffix = common.suffix_without_mask + "_" + Name(variant.mask) +
                   (variant.softcap ? "_softcap" : "") + (variant.alibi ? "_alibi" : "") +
                   (variant.segments ? "_segments" : "") + (variant.packed ? "_packed" : "") +
@@ -104,6 +111,13 @@ Fields CommonFields(const Variant& variant, const Common& common, int warps, int
   return fields;
 }
 
+// Of kernels that read 8-bit keys for 16-bit queries too.
+void AddKeyDtypes(Fields* fields, const Variant& variant) {
+  AddBool(fields, "kFp8", variant.fp8_kv);
+  AddBool(fields, "kE5m2K", variant.fp8_kv && variant.e5m2_k);
+  AddBool(fields, "kE5m2V", variant.fp8_kv && variant.e5m2_v);
+}
+
 void AddTile(Fields* fields, const Variant& variant, const Common& common, int block_m, int block_n,
              int stages, int smem_bytes) {
   AddInt(fields, "kMask", static_cast<int>(variant.mask));
@@ -117,16 +131,25 @@ void AddTile(Fields* fields, const Variant& variant, const Common& common, int b
   AddInt(fields, "kL2Bytes", common.l2_bytes);
 }
 
-KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo& arch) {
+KernelSpec MakeFwd(const Variant& variant, Common common, const ArchInfo& arch) {
+  if (variant.fp8_kv) {
+    // Two elements are a column: rows are of whole groups of 64 bytes.
+    common.head_dim = (common.head_dim + 63) / 64 * 64;
+    common.head_dim_v = (common.head_dim_v + 63) / 64 * 64;
+  }
   FwdTile tile = PickFwdTile(std::max(common.head_dim, common.head_dim_v), arch.smem_kb);
-  // Looking up pages takes registers, of which large tiles have none to spare.
-  if (variant.paged && tile.block_m == 128 && tile.warps == 4) {
+  // Looking up pages takes registers, of which large tiles have none to spare; and so does turning
+  // 8-bit floats into f16.
+  const bool needs_registers = variant.paged || (variant.fp8_kv && !tile.q_in_regs);
+  if (needs_registers && tile.block_m == 128 && tile.warps == 4) {
     tile.block_n = std::min(tile.block_n, 32);
   }
-  const int dims = common.head_dim + common.head_dim_v;
-  const int smem = 2 * std::max(tile.block_m * common.head_dim + tile.stages * tile.block_n * dims,
-                                tile.block_m * common.head_dim_v);
+  const int row_bytes = (common.head_dim + common.head_dim_v) * (variant.fp8_kv ? 1 : 2);
+  const int smem =
+      std::max(2 * tile.block_m * common.head_dim + tile.stages * tile.block_n * row_bytes,
+               2 * tile.block_m * common.head_dim_v);
   Fields fields = CommonFields(variant, common, tile.warps, tile.min_blocks);
+  AddKeyDtypes(&fields, variant);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kQInRegs", tile.q_in_regs);
@@ -136,7 +159,8 @@ KernelSpec MakeFwd(const Variant& variant, const Common& common, const ArchInfo&
 // Its copies want 16-byte rows. At head dim 32 half of each product would be padding; at 64 its
 // large tiles lose to the smaller ones of the older kernel where sequences or segments are short.
 bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
-  if (arch != 90 || !common.aligned || variant.family == Family::kSm80) return false;
+  if (arch != 90 || !common.aligned || variant.fp8_kv) return false;
+  if (variant.family == Family::kSm80) return false;
   if (variant.family == Family::kSm90) return true;
   if (variant.schedule == Schedule::kPersistent) return true;  // the only one that has it
   const int size = std::max(common.head_dim, common.head_dim_v);
@@ -185,11 +209,13 @@ KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem
   AddInt(&fields, "kRows", tile.rows);
   AddBool(&fields, "kTma", tma);
   AddBool(&fields, "kParts", parts);
+  AddKeyDtypes(&fields, variant);
   KernelSpec kernel = {"decode.cuh",
                        (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + "_r" +
                            std::to_string(tile.rows) + (parts ? "_parts" : ""),
                        fields, warps * 32, tile.smem};
   if (tma) kernel.box_rows_kv = tile.block_n;
+  if (variant.fp8_kv) kernel.kv_bytes = 1;
   return kernel;
 }
 
@@ -329,8 +355,8 @@ constexpr Entry kEntries[] = {
 bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
-                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.e5m2_q,
-                    v.e5m2_k, v.e5m2_v, v.two_level, v.family, v.keys, v.schedule);
+                    v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.fp8_kv,
+                    v.e5m2_q, v.e5m2_k, v.e5m2_v, v.two_level, v.family, v.keys, v.schedule);
   };
   return fields(a) == fields(b);
 }
@@ -354,7 +380,7 @@ Plan MakePlan(const Variant& variant, int arch) {
   }
   plan.error = CheckHeadDim("head_dim", variant.head_dim);
   if (plan.error.empty()) plan.error = CheckHeadDim("head_dim_v", variant.head_dim_v);
-  if (plan.error.empty() && variant.fp8) plan.error = CheckFp8(variant, arch);
+  if (plan.error.empty() && (variant.fp8 || variant.fp8_kv)) plan.error = CheckFp8(variant, arch);
   if (!plan.error.empty()) return plan;
 
   const int bwd_sm90 = arch == 90 ? BwdSm90Class(variant) : 0;

@@ -46,8 +46,10 @@ struct Variant {
   bool dslopes;        // backward only: the gradient of ALiBi's slopes
   bool paged;          // keys are in pages; forward only, decode's code is the same for both
   int64_t rows;  // decode only: queries of one key head, q_len * group; rounded to a tile class
-  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; forward only.
+  // Inputs of 8-bit floats, e4m3 but for those that are e5m2; not in backward. All three of them,
+  // or keys and values alone.
   bool fp8 = false;
+  bool fp8_kv = false;
   bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
   bool two_level = false;  // products with V are added in f32, block by block
   Family family = Family::kAny;
@@ -70,7 +72,7 @@ struct KernelSpec {
   int box_rows_kv = 0;  // with pages at most: a box never spans two
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
-  int input_bytes = 2;  // of an element of q, k and v
+  int q_bytes = 2, kv_bytes = 2;  // of an element of q, and of k and v
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;

@@ -38,13 +38,13 @@ const char* Name(Mask mask) {
 }  // namespace
 
 std::string CheckFp8(const Variant& variant, int arch) {
-  if (arch != 90) {
+  if (variant.fp8 && arch != 90) {
     return "float8: expected sm_90 (Hopper), got sm_" + std::to_string(arch) +
            "; use bfloat16, or implementation='xla'";
   }
   if (variant.op == Op::kBwd) return "float8: expected the forward pass, got the backward pass";
-  if (variant.op == Op::kDecode || variant.paged) {
-    return "float8 pages and decoding: not supported; use bfloat16";
+  if (variant.fp8 && (variant.op == Op::kDecode || variant.paged)) {
+    return "float8 queries: expected float16 or bfloat16 for pages and decoding";
   }
   for (const int dim : {variant.head_dim, variant.head_dim_v}) {
     if (dim % kGranule != 0) {
@@ -123,7 +123,7 @@ KernelSpec MakeFwdFp8(const Variant& variant, int head_dim, int head_dim_v, int 
   kernel.threads = 32 * warps;
   kernel.box_rows_q = tile.block_m;
   kernel.box_rows_kv = tile.block_n;
-  kernel.input_bytes = 1;
+  kernel.q_bytes = kernel.kv_bytes = 1;
   return kernel;
 }
 

@@ -178,6 +178,7 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   constexpr int kMostStages = 16, kLeastStages = 3;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
   const int most_panels = std::max(panels, panels_v);
+  const int stage_panels = variant.fp8_kv ? (most_panels + 1) / 2 : most_panels;
   const bool narrow = tma && most_panels <= 2;
   const bool is_plain = !variant.softcap && !variant.alibi;
   // 128 rows are one tile of eight warps, where these have the registers, or both halves would read
@@ -196,9 +197,10 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
     const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
-    const int most_block = (most_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);
+    const int block_panels = tile_rows == 16 ? stage_panels : most_panels;
+    const int most_block = (block_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
-      const int stage = 128 * most_panels * block_n + 16;  // and its barriers
+      const int stage = 128 * stage_panels * block_n + 16;  // and its barriers
       const int stages = std::min(kMostStages, (room - fixed) / stage);
       if (stages >= kLeastStages || tile_rows >= 64) {
         return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks};

@@ -134,8 +134,10 @@ def attention(
     Args:
       q: queries `[B, T, N, H]`, or `[T, N, H]`, or with more leading axes; float32, bfloat16 or
         float16, or (forward only, on GPUs only on Hopper) float8_e4m3fn or float8_e5m2.
-      k: keys `[B, S, K, H]`, dtype and batch axes of q; the two float8 dtypes may be mixed.
-      v: values `[B, S, K, Hv]`, dtype and batch axes of q, with the same exception.
+      k: keys `[B, S, K, H]`, dtype and batch axes of q. The two float8 dtypes may be mixed; and
+        float8 keys and values may have bfloat16 or float16 queries (on any GPU; a cache that takes
+        half the memory and half the time to read).
+      v: values `[B, S, K, Hv]`, dtype and batch axes of q, with the same exceptions.
       scale: factor of the logits, a Python number; `1 / sqrt(H)` by default.
       is_causal: hide later keys, as drawn above.
       query_offset: position of query 0: an int, `'end'` (the sequence's keys minus its queries),
@@ -168,13 +170,13 @@ def attention(
       sm_margin: so many of a GPU's multiprocessors are left to what runs at the same time, such as
         collectives. For the forward alone, which then is persistent, or decodes; one works in any
         case. 0 by default; ignored like `schedule`.
-      q_scale: for float8 inputs, what a stored value is multiplied with to give the true one: a
+      q_scale: for float8 queries, what a stored value is multiplied with to give the true one: a
         number or floating array, one value or one per batch element and key head, `[B, K]`; 1 by
         default, not negative. Traced values compile nothing anew.
-      k_scale: the same for k.
-      v_scale: the same for v.
-      out_dtype: for float8 inputs, the output's dtype: bfloat16 (by default) or float16.
-      fp8_accumulation: for float8 inputs on a GPU, how products with v are summed: 'fast' (the
+      k_scale: the same for float8 keys.
+      v_scale: the same for float8 values.
+      out_dtype: for float8 queries, the output's dtype: bfloat16 (by default) or float16.
+      fp8_accumulation: for float8 queries on a GPU, how products with v are summed: 'fast' (the
         default) in the tensor cores, which keep about 14 bits of a sum; 'two_level' in float32,
         block of keys by block. docs/performance.md has the errors and the cost of both.
       implementation: None for the platform's own kernels; `'cuda'`, `'cpu'`, or `'xla'` (dense:

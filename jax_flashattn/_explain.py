@@ -79,7 +79,7 @@ def explain(
     if implementation != "cuda":
         return Explanation(implementation, spec, [], [])
     _lowering_cuda.check_supported(q, v)
-    ops = ("fwd",) if _fp8.is_fp8(q) else ("fwd", "bwd")
+    ops = ("fwd",) if _fp8.is_fp8(k) else ("fwd", "bwd")
     variants = [_lowering_cuda.variant(spec, op, q, k, v) for op in ops]
     if _lowering_serve.decodes(q, v, k.shape[-2], spec):
         rows = q.shape[-3] * (q.shape[-2] // k.shape[-2])

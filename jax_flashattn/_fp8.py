@@ -1,7 +1,8 @@
 """8-bit floats: what is asked of their arguments, and what they mean.
 
 An operand is `x * scale`, the scale one value per tensor or per batch element and key head. The
-scales of q and k are one factor of the scores, and reach every backend as one array.
+scales of q and k are one factor of the scores, and reach every backend as one array. All three of
+q, k and v are of 8 bits, or k and v alone, as those of a cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_flashattn._spec import FP8_DTYPES, UnsupportedError
+from jax_flashattn._spec import UnsupportedError, fp8_scale, is_fp8
 
 OUT_DTYPES = (jnp.bfloat16, jnp.float16)
 ACCUMULATIONS = ("fast", "two_level")
@@ -22,32 +22,12 @@ NO_GRADIENT_ADVICE = (
 )
 
 
-def is_fp8(x: Any) -> bool:
-    """Whether an array is of an 8-bit float dtype that the kernels take."""
-    return x.dtype in FP8_DTYPES
-
-
-def _scale(name: str, x: Any, batch: Sequence[int], num_kv_heads: int) -> jax.Array:
-    if isinstance(x, bool) or not isinstance(
-        x, (jax.Array, np.ndarray, int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"{name} must be a number or a floating array, got {type(x).__name__}")
-    shape = (*batch, num_kv_heads)
-    x = jnp.asarray(x) if not isinstance(x, (int, float)) else jnp.float32(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-    if x.shape not in ((), shape):
-        raise ValueError(
-            f"{name} must be a scalar or have shape {shape}, one value per key head, got {x.shape}"
-        )
-    return jnp.broadcast_to(x.astype(jnp.float32), shape)
-
-
 def options(
     q: Any,
     k: Any,
     v: Any,
     batch: Sequence[int],
+    num_kv_heads: int,
     *,
     q_scale: Any = None,
     k_scale: Any = None,
@@ -61,7 +41,11 @@ def options(
     if not is_fp8(q):
         others = {"out_dtype": out_dtype, "fp8_accumulation": fp8_accumulation}
         for name in (*given, *(name for name, x in others.items() if x is not None)):
-            raise ValueError(f"{name} is for float8 inputs, got it with {q.dtype}")
+            if not is_fp8(k):
+                raise ValueError(f"{name} is for float8 inputs, got it with {q.dtype}")
+            if name not in ("k_scale", "v_scale"):
+                raise ValueError(f"{name} is for float8 queries, got it with {q.dtype} ones")
+    if not is_fp8(k):
         return {}, {}
     for name, x in (("q and k", q), ("v", v)):
         if x.shape[-1] % 16 or x.shape[-1] > 256:
@@ -75,14 +59,29 @@ def options(
     accumulation = ACCUMULATIONS[0] if fp8_accumulation is None else fp8_accumulation
     if accumulation not in ACCUMULATIONS:
         raise ValueError(f"fp8_accumulation must be one of {ACCUMULATIONS}, got {accumulation!r}")
-    scales = {name: _scale(name, x, batch, k.shape[-2]) for name, x in given.items()}
+    shape = (*batch, num_kv_heads)
+    scales = {name: jnp.broadcast_to(fp8_scale(name, x, shape), shape) for name, x in given.items()}
     aux = {}
     if "q_scale" in scales or "k_scale" in scales:
         aux["qk_scale"] = scales.get("q_scale", 1.0) * scales.get("k_scale", 1.0)
     if "v_scale" in scales:
         aux["v_scale"] = scales["v_scale"]
-    fields = {"out_dtype": out.name, "two_level": accumulation == "two_level"}
-    return fields, aux
+    if not is_fp8(q):
+        return {}, aux  # the output is of q's dtype
+    return {"out_dtype": out.name, "two_level": accumulation == "two_level"}, aux
+
+
+def quantize(x: jax.Array, dtype: Any, scale: Any) -> jax.Array:
+    """`x [..., K, H] / scale` in an 8-bit dtype, to nearest even; beyond its range it saturates.
+
+    `scale` is None, a scalar or `[K]`. NaN stays NaN, infinity becomes the largest number.
+    """
+    x = x.astype(jnp.float32)
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32)
+        x = x / jnp.broadcast_to(scale[:, None] if scale.ndim else scale, x.shape)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def dequantize(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_flashattn import _prepare, _reference, _spec
+from jax_flashattn import _fp8, _prepare, _reference, _spec
 
 Layout = Literal["NHD", "HND"]
 
@@ -36,6 +36,9 @@ class PagedKVCache:
       page_table: int32 `[B, M]`, the pages of each sequence in order.
       lengths: int32 `[B]`, tokens of each sequence.
       layout: 'NHD' or 'HND', static.
+      k_scale: for float8 pages, what a stored key is multiplied with to give the true one: None (1)
+        or positive floats, a scalar or `[K]`.
+      v_scale: the same for values.
     """
 
     k_pages: jax.Array
@@ -43,6 +46,8 @@ class PagedKVCache:
     page_table: jax.Array
     lengths: jax.Array
     layout: Layout = dataclasses.field(default="NHD", metadata={"static": True})
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
     @classmethod
     def create(
@@ -57,6 +62,8 @@ class PagedKVCache:
         head_dim_v: int | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         layout: Layout = "NHD",
+        k_scale: ArrayLike | None = None,
+        v_scale: ArrayLike | None = None,
     ) -> "PagedKVCache":
         """An empty cache: pages of zeros, none of which belongs to a sequence yet.
 
@@ -68,12 +75,18 @@ class PagedKVCache:
           num_kv_heads: K, heads of keys and values.
           head_dim: H, of the keys.
           head_dim_v: Hv, of the values; H by default.
-          dtype: of keys and values, that of the queries.
+          dtype: of keys and values, that of the queries; or float8_e4m3fn or float8_e5m2, which
+            take half the memory, and half the time to read, of 16-bit ones.
           layout: 'NHD' or 'HND'.
+          k_scale: for float8 pages, what a stored key is multiplied with: a positive number, or
+            floating array, a scalar or `[K]`; 1 by default. The largest key over the largest
+            number (448 of e4m3, 57344 of e5m2) uses all of the range.
+          v_scale: the same for values.
 
         Raises:
           TypeError: a size that is not a Python int, a dtype that is not floating.
-          ValueError: another page size or layout, a size below 1 (`batch` below 0).
+          ValueError: another page size or layout, a size below 1 (`batch` below 0), scales of
+            another shape or without float8 pages.
         """
         least = {"batch": 0}
         sizes = dict(
@@ -87,6 +100,7 @@ class PagedKVCache:
         )
         for name, size in sizes.items():
             _spec.static_int(name, size, least.get(name, 1))
+        heads = (num_kv_heads,)
         middle = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         cache = cls(
             k_pages=jnp.zeros((num_pages, *middle, head_dim), dtype),
@@ -94,6 +108,8 @@ class PagedKVCache:
             page_table=jnp.full((batch, max_pages), num_pages, jnp.int32),
             lengths=jnp.zeros(batch, jnp.int32),
             layout=layout,
+            k_scale=None if k_scale is None else _spec.fp8_scale("k_scale", k_scale, heads),
+            v_scale=None if v_scale is None else _spec.fp8_scale("v_scale", v_scale, heads),
         )
         cache.check()
         return cache
@@ -149,7 +165,15 @@ class PagedKVCache:
 
         Every function that takes a cache does this first; it looks at no value.
         """
-        _spec.check_cache(self.k_pages, self.v_pages, self.page_table, self.lengths, self.layout)
+        _spec.check_cache(
+            self.k_pages,
+            self.v_pages,
+            self.page_table,
+            self.lengths,
+            self.layout,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+        )
 
     def append(
         self,
@@ -165,6 +189,9 @@ class PagedKVCache:
         place. A token is dropped where its sequence has no page for it: beyond the table, or from
         the first entry on, counted from the current length, that is no page. Lengths grow by
         what was kept.
+
+        Float8 pages get `k / k_scale` and `v / v_scale`, rounded to nearest even; what is beyond
+        the type's range, infinity too, becomes its largest number.
 
         Args:
           k: keys `[B, t, K, H]`, or packed `[total, K, H]` with `cu_seqlens`; cast to the dtype of
@@ -224,14 +251,33 @@ class PagedKVCache:
         token = position % self.page_size
         return dataclasses.replace(
             self,
-            k_pages=self._write(self.k_pages, page, token, k),
-            v_pages=self._write(self.v_pages, page, token, v),
+            k_pages=self._write(self.k_pages, page, token, k, self.k_scale),
+            v_pages=self._write(self.v_pages, page, token, v, self.v_scale),
             lengths=lengths + jnp.clip(room - lengths, 0, count),
         )
 
-    def _write(self, pool: jax.Array, page: jax.Array, token: jax.Array, x: jax.Array) -> jax.Array:
-        """One scatter, which XLA does in place where the pool is donated; no page, no write."""
-        pool, x = jnp.asarray(pool), jnp.asarray(x).astype(pool.dtype)
+    def _write(
+        self,
+        pool: jax.Array,
+        page: jax.Array,
+        token: jax.Array,
+        x: jax.Array,
+        scale: jax.Array | None,
+    ) -> jax.Array:
+        """The pool with x, in the pool's dtype, at those places; no page, no write."""
+        pool, x = jnp.asarray(pool), jnp.asarray(x)
+        if _fp8.is_fp8(pool):
+            # As bytes: XLA would scatter 8-bit floats as float16, and convert the pool twice.
+            as_bytes = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8)  # noqa: E731 (two uses)
+            x = as_bytes(_fp8.quantize(x, pool.dtype, scale))
+            written = self._scatter(as_bytes(pool), page, token, x)
+            return jax.lax.bitcast_convert_type(written, pool.dtype)
+        return self._scatter(pool, page, token, x.astype(pool.dtype))
+
+    def _scatter(
+        self, pool: jax.Array, page: jax.Array, token: jax.Array, x: jax.Array
+    ) -> jax.Array:
+        """In place where the pool is donated."""
         if self.layout == "NHD":
             place = page, token
         elif any(jax.typeof(pool).sharding.spec):

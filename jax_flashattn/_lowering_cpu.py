@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 from jax_flashattn import _fp8, _native
 from jax_flashattn._calls import Primitive, attributes, forward_avals, num_sequences
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import PER_KV_HEAD_AUX, AttentionSpec, Dims
+from jax_flashattn._spec import PER_KV_HEAD_AUX, AttentionSpec, Dims, page_axes
 from jax_flashattn._targets import BWD_TARGET, FWD_TARGET, PAGED_TARGET
 
 _fwd_p = Primitive("flash_attention_fwd_cpu")
@@ -37,13 +37,14 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, *aux: jax.Array, spec: AttentionSpec
 ) -> list[jax.Array]:
     """`fwd_p` by the CPU kernels, which take float8 inputs as float32."""
-    if not _fp8.is_fp8(q):
+    if not _fp8.is_fp8(k):
         return _fwd_p.bind(q, k, v, *aux, spec=spec)
+    out_dtype = spec.out_dtype or q.dtype
     arrays = dict(zip(spec.aux, aux, strict=True))
     plain = spec.without_aux(*PER_KV_HEAD_AUX)
     q, k, v = _fp8.dequantize(q, k, v, arrays)
     out, lse = _fwd_p.bind(q, k, v, *(arrays[name] for name in plain.aux), spec=plain)
-    return [out.astype(spec.out_dtype), lse]
+    return [out.astype(out_dtype), lse]
 
 
 def backward(
@@ -110,8 +111,29 @@ def paged_forward(
     spec: AttentionSpec,
     layout: str,
 ) -> list[jax.Array]:
-    """`paged_p` by the CPU kernels."""
-    return _paged_p.bind(q, k_pages, v_pages, *aux, spec=spec, layout=layout)
+    """`paged_p` by the CPU kernels; float8 pages are converted, all of them in each call."""
+    if not _fp8.is_fp8(k_pages):
+        return _paged_p.bind(q, k_pages, v_pages, *aux, spec=spec, layout=layout)
+    arrays = dict(zip(spec.aux, aux, strict=True))
+    plain = spec.without_aux(*PER_KV_HEAD_AUX)
+    group = q.shape[2] // k_pages.shape[page_axes(layout)[1]]
+
+    def scaled(x: jax.Array, name: str) -> jax.Array:
+        # Pages belong to no sequence, so their scales go to the queries and the output.
+        x = x.astype(jnp.float32)
+        if name not in arrays:
+            return x
+        return x * jnp.repeat(arrays[name], group, axis=1)[:, None, :, None]
+
+    out, lse = _paged_p.bind(
+        scaled(q, "qk_scale"),
+        k_pages.astype(jnp.float32),
+        v_pages.astype(jnp.float32),
+        *(arrays[name] for name in plain.aux),
+        spec=plain,
+        layout=layout,
+    )
+    return [scaled(out, "v_scale").astype(q.dtype), lse]
 
 
 @_paged_p.def_abstract_eval

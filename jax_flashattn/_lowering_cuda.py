@@ -61,6 +61,7 @@ def variant(
         "dslopes": has_dslopes,
         "paged": op == "fwd" and "page_table" in spec.aux,
         "fp8": _fp8.is_fp8(q),
+        "fp8_kv": _fp8.is_fp8(k) and not _fp8.is_fp8(q),
         "e5m2_q": q.dtype == jnp.float8_e5m2,
         "e5m2_k": k.dtype == jnp.float8_e5m2,
         "e5m2_v": v.dtype == jnp.float8_e5m2,
@@ -297,9 +298,13 @@ def _layout(axes: str) -> tuple[int, ...]:
     return _K_LAYOUT if axes in ("bksh", "bksd") else _row_major(axes)
 
 
-def _fp8_attribute(spec: AttentionSpec, *inputs: Any) -> np.int64:
-    """Bits of Fp8Bit in call.h: of 8 bits at all, e5m2 for each of q, k, v, two-level sums."""
-    flags = [_fp8.is_fp8(inputs[0]), *(x.dtype == jnp.float8_e5m2 for x in inputs), spec.two_level]
+def fp8_attribute(spec: AttentionSpec, q: Any, k: Any, v: Any) -> np.int64:
+    """Bits of Fp8Bit in call.h.
+
+    k and v are of 8 bits, e5m2 for each of q, k, v, two-level sums, q is not of 8 bits.
+    """
+    fp8, e5m2 = _fp8.is_fp8(k), (x.dtype == jnp.float8_e5m2 for x in (q, k, v))
+    flags = [fp8, *e5m2, spec.two_level, fp8 and not _fp8.is_fp8(q)]
     return np.int64(sum(int(flag) << bit for bit, flag in enumerate(flags)))
 
 
@@ -343,7 +348,7 @@ def _lower(
         *operands,
         **attributes(spec),
         **code_attributes(spec, q, v),
-        fp8=_fp8_attribute(spec, q, k, v),
+        fp8=fp8_attribute(spec, q, k, v),
         **more,
     )
 

@@ -17,7 +17,7 @@ from jax.interpreters import mlir
 from jax_flashattn import _fp8, _lowering_cuda, _native
 from jax_flashattn._calls import Primitive, attributes
 from jax_flashattn._sharding import partition_attributes, result_aval
-from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, page_axes
+from jax_flashattn._spec import PER_HEAD_AUX, PER_KV_HEAD_AUX, AttentionSpec, page_axes
 from jax_flashattn._targets import SERVE_TARGET
 
 # Up to here the rows of one key head, or the tokens, are few: reading keys is what costs.
@@ -29,7 +29,7 @@ _serve_p.multiple_results = True
 
 
 def decodes(q: Any, v: Any, num_kv_heads: int, spec: AttentionSpec) -> bool:
-    """Whether the split-KV kernel takes the call; it knows no float8."""
+    """Whether the split-KV kernel takes the call; its queries are never float8."""
     if _fp8.is_fp8(q):
         return False
     T, N, H = q.shape[-3:]
@@ -128,6 +128,8 @@ def _paged_aux(
     for name, x in zip(spec.aux, aux, strict=True):
         if name in PER_HEAD_AUX:
             operands.append(x.reshape(x.shape[0], K, -1).swapaxes(0, 1))
+        elif name in PER_KV_HEAD_AUX:
+            operands.append(x.swapaxes(0, 1))
         else:
             heads = table_heads if name == "page_table" else K
             operands.append(jnp.broadcast_to(x, (heads, *x.shape)))
@@ -166,6 +168,8 @@ _AUX_AXES = {
     "sinks": "g",
     "cu_seqlens_q": "y",
     "page_table": "m",
+    "qk_scale": "",
+    "v_scale": "",
 }
 
 
@@ -212,7 +216,7 @@ def _lower_serve(
     if split:
         axes = [x for x, _ in inputs], [x for x, _ in results]
         partition = partition_attributes(ctx, *axes, 2 if layout is None else 1)
-    q, _, v = ctx.avals_in[:3]
+    q, k, v = ctx.avals_in[:3]
     lower = jax.ffi.ffi_lowering(
         SERVE_TARGET,
         operand_layouts=[_layout(*x) for x in inputs],
@@ -224,6 +228,7 @@ def _lower_serve(
         *operands,
         **attributes(spec),
         **_lowering_cuda.code_attributes(spec, q, v),
+        fp8=_lowering_cuda.fp8_attribute(spec, q, k, v),
         rows=np.int64(rows),
         heads_first=np.bool_(layout == "HND"),
         sm_margin=np.int64(spec.sm_margin),

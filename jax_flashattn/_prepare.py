@@ -65,7 +65,7 @@ def dense(
         offset = jnp.broadcast_to(kv_length - q_length, batch)
     elif offset is None:
         offset = _spec.int32_per_sequence("query_offset", query_offset, batch)
-    return _finish(q, k, v, batch, offset, aux, **options)
+    return _finish(q, k, v, batch, k.shape[-2], offset, aux, **options)
 
 
 def packed(
@@ -103,7 +103,7 @@ def packed(
         offset = jnp.diff(ends_kv) - jnp.diff(ends_q)
     elif offset is None:
         offset = _offset_per_packed_sequence(query_offset, batch, num_sequences)
-    return _finish(q, k, v, batch, offset, aux, **options)
+    return _finish(q, k, v, batch, k.shape[-2], offset, aux, **options)
 
 
 def paged(
@@ -114,6 +114,8 @@ def paged(
     lengths: Any,
     layout: str,
     *,
+    k_scale: Any = None,
+    v_scale: Any = None,
     cu_seqlens_q: Any = None,
     query_offset: Any = None,
     query_seq_lengths: Any = None,
@@ -124,7 +126,10 @@ def paged(
     q = jnp.asarray(q) if isinstance(q, np.ndarray) else q
     packed = cu_seqlens_q is not None
     dense = options.get("implementation") == "xla"
-    _spec.check_pages(q, k_pages, v_pages, page_table, lengths, layout, packed=packed, dense=dense)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    _spec.check_pages(
+        q, k_pages, v_pages, page_table, lengths, layout, **scales, packed=packed, dense=dense
+    )
     capacity = page_table.shape[1] * k_pages.shape[_spec.page_axes(layout)[0]]
     num_sequences, T = page_table.shape[0], q.shape[-3]
     lengths = jnp.clip(lengths, 0, capacity)
@@ -155,7 +160,12 @@ def paged(
         offset = _spec.int32_per_sequence("query_offset", query_offset, (num_sequences,))
     # Packed sequences are one element of the batch.
     batch = () if packed else (num_sequences,)
-    return _finish(q, k_pages, v_pages, batch, offset, aux, **options)
+    # Its scales are the same for all sequences.
+    num_kv_heads = k_pages.shape[_spec.page_axes(layout)[1]]
+    for name, scale in scales.items():
+        if scale is not None:
+            options[name] = jnp.broadcast_to(jnp.asarray(scale), (*batch, num_kv_heads))
+    return _finish(q, k_pages, v_pages, batch, num_kv_heads, offset, aux, **options)
 
 
 def _finish(
@@ -163,6 +173,7 @@ def _finish(
     k: jax.Array,
     v: jax.Array,
     batch: tuple[int, ...],
+    num_kv_heads: int,
     offset: Any,
     aux: dict[str, jax.Array],
     *,
@@ -187,7 +198,7 @@ def _finish(
     if scale <= 0:
         # Kernels take the maximum before they scale, which needs a positive factor.
         q, scale = q * jnp.asarray(math.copysign(1, scale) if scale else 0, q.dtype), -scale or 1.0
-    fp8_fields, fp8_aux = _fp8.options(q, k, v, batch, **of_fp8)
+    fp8_fields, fp8_aux = _fp8.options(q, k, v, batch, num_kv_heads, **of_fp8)
     aux.update(fp8_aux)
     soft_cap = None
     if logits_soft_cap is not None:

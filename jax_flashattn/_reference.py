@@ -157,7 +157,8 @@ def attention(
       the logit of its sink.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    if _fp8.is_fp8(q):
+    out_dtype = spec.out_dtype or q.dtype
+    if _fp8.is_fp8(k):
         q, k, v = _fp8.dequantize(q, k, v, aux)
     accumulator = q.dtype if q.dtype == jnp.float64 else jnp.dtype(jnp.float32)
     dtype = jnp.dtype(accumulator if softmax_dtype is None else softmax_dtype)
@@ -189,7 +190,7 @@ def attention(
     if "q_lengths" in aux or "cu_seqlens_q" in aux:
         out = zero_padding(out, queries.exists)  # for the cotangents of padding, whatever they are
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0].astype(accumulator)
-    return out.astype(spec.out_dtype or v.dtype), lse.reshape(B, N, T)
+    return out.astype(out_dtype), lse.reshape(B, N, T)
 
 
 def paged_attention(

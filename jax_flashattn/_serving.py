@@ -84,7 +84,8 @@ def paged_attention(
 
     Args:
       q: queries `[B, T, N, H]`, or `[total, N, H]` with `cu_seqlens_q`; float32, bfloat16 or
-        float16, the dtype of the pages.
+        float16, the dtype of the pages. Over float8 pages bfloat16 or float16, and head dims must
+        be multiples of 16 up to 256.
       cache: B sequences with K key heads, N % K == 0.
       cu_seqlens_q: ints `[B + 1]`: where each sequence's queries begin and end, as in
         `attention_varlen`. A sequence may have none.
@@ -112,7 +113,7 @@ def paged_attention(
         number is needed.
       ValueError: shapes that don't fit together, and as `attention`.
       UnsupportedError: differentiation, except of `implementation='xla'`; head dims over 512; a
-        named implementation on another platform.
+        named implementation on another platform; float8 queries.
     """
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
@@ -124,6 +125,8 @@ def paged_attention(
         cache.page_table,
         cache.lengths,
         cache.layout,
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
         cu_seqlens_q=cu_seqlens_q,
         scale=scale,
         is_causal=is_causal,

@@ -17,6 +17,7 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 SCHEDULES = ("grid", "persistent")
+FP8_QUERY_DTYPES = (jnp.bfloat16, jnp.float16)  # of queries over float8 keys, if not float8 too
 MAX_HEAD_DIM = 512
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -39,7 +40,7 @@ AUX_NAMES = (
     "cu_seqlens_q",  # int32 [B, n + 1]: packed sequences, T and S count all tokens
     "cu_seqlens_kv",  # int32 [B, n + 1]; not with page_table
     "page_table",  # int32 [B, M], pages of each sequence; [B, n, M] with cu_seqlens_q
-    "qk_scale",  # float32 [B, K]: factor of the scores of float8 inputs
+    "qk_scale",  # float32 [B, K]: factor of the scores of float8 inputs; B 1 if pages are packed
     "v_scale",  # float32 [B, K]
 )
 PER_HEAD_AUX = DIFFERENTIABLE_AUX = ("alibi_slopes", "sinks")
@@ -127,13 +128,13 @@ def check_arrays(
     *,
     dense: bool,
     names: tuple[str, str, str] = ("q", "k", "v"),
-    dtypes: Sequence[Any] = (*DTYPES, *FP8_DTYPES),
 ) -> None:
     """Raises unless q, k, v are a valid `[*B, T|S, heads, dim]` triple.
 
     `dense` is for implementation='xla', which also takes float64 and any head dim.
     """
     _, k_name, v_name = names
+    dtypes = (*DTYPES, *FP8_DTYPES)
     *others, last = (jnp.dtype(x).name for x in dtypes)
     for name, x in zip(names, (q, k, v), strict=True):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -150,14 +151,13 @@ def check_arrays(
                 f"{name} must have the batch axes of q, {tuple(q.shape[:-3])}, "
                 f"got {tuple(x.shape[:-3])} (shape {tuple(x.shape)})"
             )
-        if x.dtype != q.dtype and not {x.dtype, q.dtype} <= set(map(jnp.dtype, FP8_DTYPES)):
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         for axis, what in ((-2, "heads"), (-1, "head dim")):
             if x.shape[axis] == 0:
                 raise ValueError(
                     f"{name} must have at least 1 in axis {axis} ({what}), "
                     f"got shape {tuple(x.shape)}"
                 )
+    _check_dtypes(q, k, v, names)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{k_name} must have the head dim of q, {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[-3:-1] != k.shape[-3:-1]:
@@ -181,12 +181,45 @@ def check_arrays(
         )
 
 
+def _check_dtypes(q: Any, k: Any, v: Any, names: tuple[str, str, str]) -> None:
+    """Raises TypeError unless the dtypes of q, k and v go together.
+
+    One dtype, or any of float8 for k and v, and for q one of float8 or of 16 bits.
+    """
+    q_name, k_name, v_name = names
+    if is_fp8(k) and is_fp8(v):
+        if not is_fp8(q) and q.dtype not in FP8_QUERY_DTYPES:
+            raise TypeError(
+                f"{q_name} must have dtype bfloat16, float16 or a float8 one where {k_name} and "
+                f"{v_name} are float8, got {q.dtype}"
+            )
+        return
+    for name, x in ((k_name, k), (v_name, v)):
+        if x.dtype != q.dtype and not (is_fp8(x) and is_fp8(q)):
+            both = f", or {k_name} and {v_name} both be float8" if is_fp8(x) else ""
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}{both}, got {x.dtype}")
+
+
+def is_fp8(x: Any) -> bool:
+    """Whether an array is of an 8-bit float dtype that the kernels take."""
+    return x.dtype in FP8_DTYPES
+
+
 def page_axes(layout: str) -> tuple[int, int]:
     """The axes of tokens and of heads in a pool of pages."""
     return (1, 2) if layout == "NHD" else (2, 1)
 
 
-def check_cache(k_pages: Any, v_pages: Any, page_table: Any, lengths: Any, layout: Any) -> None:
+def check_cache(
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    lengths: Any,
+    layout: Any,
+    *,
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> None:
     """Raises unless the arrays are a valid paged cache.
 
     Any floating dtype will do: of what is attended to, `check_pages` says more.
@@ -234,6 +267,12 @@ def check_cache(k_pages: Any, v_pages: Any, page_table: Any, lengths: Any, layou
             f"lengths must have shape {tuple(page_table.shape[:1])}, one value per row of "
             f"page_table, got {tuple(lengths.shape)}"
         )
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        if not is_fp8(k_pages):
+            raise ValueError(f"{name} is for float8 pages, got it with {k_pages.dtype}")
+        fp8_scale(name, scale, (k_pages.shape[head_axis],))
     if page_table.shape[1] * k_pages.shape[token_axis] > MAX_LENGTH:
         raise UnsupportedError(
             f"lengths up to 2**30 are supported, got {page_table.shape[1]} pages of "
@@ -249,11 +288,13 @@ def check_pages(
     lengths: Any,
     layout: str,
     *,
+    k_scale: Any,
+    v_scale: Any,
     packed: bool,
     dense: bool,
 ) -> None:
     """Raises unless q can attend to the paged cache; `dense` as for `check_arrays`."""
-    check_cache(k_pages, v_pages, page_table, lengths, layout)
+    check_cache(k_pages, v_pages, page_table, lengths, layout, k_scale=k_scale, v_scale=v_scale)
     if not hasattr(q, "shape") or not hasattr(q, "dtype"):
         raise TypeError(f"q must be an array, got {type(q).__name__}")
     if q.ndim != (3 if packed else 4):
@@ -269,13 +310,12 @@ def check_pages(
     k, v = (jax.ShapeDtypeStruct((1, heads, x.shape[-1]), x.dtype) for x in (k_pages, v_pages))
     queries = jax.ShapeDtypeStruct(q.shape[-3:], q.dtype)
     names = ("q", "k_pages", "v_pages")
-    for name, x in zip(names, (q, k_pages, v_pages), strict=True):
-        if x.dtype in FP8_DTYPES:
-            raise UnsupportedError(
-                f"float8 pages and queries over them are not supported, got {x.dtype} for {name}; "
-                "convert them to bfloat16"
-            )
-    check_arrays(queries, k, v, dense=dense, names=names, dtypes=DTYPES)
+    if is_fp8(q):
+        raise UnsupportedError(
+            f"q must be of 16 bits over float8 pages, which are read as they are, got {q.dtype}; "
+            "convert it to bfloat16"
+        )
+    check_arrays(queries, k, v, dense=dense, names=names)
 
 
 def static_number(name: str, x: Any, advice: str) -> float:
@@ -331,6 +371,22 @@ def int32_per_sequence(name: str, x: Any, shape: Sequence[int]) -> jax.Array:
     """`x` as int32 of that shape, one value per sequence; a scalar serves every sequence."""
     what = f"be a scalar or have shape {tuple(shape)}, one value per sequence"
     return jnp.broadcast_to(int32_array(name, x, [(), tuple(shape)], what), shape)
+
+
+def fp8_scale(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array:
+    """`x`, a scalar or of that shape, whose last axis is that of key heads, in float32."""
+    if isinstance(x, bool) or not isinstance(
+        x, (jax.Array, np.ndarray, int, float, np.integer, np.floating)
+    ):
+        raise TypeError(f"{name} must be a number or a floating array, got {type(x).__name__}")
+    x = jnp.asarray(x) if not isinstance(x, (int, float)) else jnp.float32(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    if x.shape not in ((), shape):
+        raise ValueError(
+            f"{name} must be a scalar or have shape {shape}, one value per key head, got {x.shape}"
+        )
+    return x.astype(jnp.float32)
 
 
 def float32_per_head(name: str, x: Any, batch: Sequence[int], num_heads: int) -> jax.Array:

@@ -43,7 +43,7 @@ def attention(
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: AttentionSpec) -> Any:
-    if _fp8.is_fp8(primals[0]):
+    if _fp8.is_fp8(primals[1]):
         raise UnsupportedError(_fp8.NO_GRADIENT_ADVICE)
     out, lse = fwd_p.bind(*primals, spec=spec)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)

@@ -21,7 +21,7 @@ LAYOUTS = ((), ("segments",), ("packed",))
 
 
 def _serving_variants(product: bool) -> list[tuple]:
-    """Decoding with 16, 32 and 64 rows a tile, and the forward over pages."""
+    """Decoding with 16, 32 and 64 rows a tile, and the forward over pages; of 8-bit keys too."""
     dtypes = ("bfloat16", "float16") if product else ("bfloat16",)
     logits = [x for n in range(3) for x in itertools.combinations(("softcap", "alibi"), n)]
     masks = ("full", "causal", "local")
@@ -37,7 +37,8 @@ def _serving_variants(product: bool) -> list[tuple]:
             ARCHS, HEAD_DIMS, dtypes, masks, logits if product else [()], ((), ("packed",))
         )
     ]
-    return decode + paged
+    fp8 = [(*x[:5], [*x[5], "fp8_kv"], *x[6:]) for x in decode + paged]
+    return decode + paged + fp8
 
 
 def _fp8_variants(product: bool) -> list[tuple]:

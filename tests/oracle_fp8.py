@@ -1,6 +1,7 @@
-"""The references of `oracle` for 8-bit inputs: what they hold is exact, weights are rounded.
+"""The references of `oracle` for 8-bit inputs: what they hold is exact.
 
-The twin computes in float32, and rounds the weights to e4m3 and the output to its dtype.
+The twin of 8-bit queries computes in float32, and rounds the weights to e4m3 and the output to its
+dtype. That of 16-bit queries over 8-bit keys computes in their dtype, as any.
 """
 
 from functools import partial
@@ -34,9 +35,10 @@ def run(q, k, v, arrays, options):
 
 
 def wide(x: Any, scale: Any) -> np.ndarray:
-    """What an 8-bit input means, in float64."""
+    """What an input `[B, length, K, dim]` means, in float64; scales are `[]`, `[K]` or `[B, K]`."""
     scale = np.asarray(1.0 if scale is None else scale, np.float32).astype(np.float64)
-    return np.asarray(x).astype(np.float64) * (scale[:, None, :, None] if scale.ndim else scale)
+    scale = np.atleast_2d(scale)[:, None, :, None]
+    return np.asarray(x).astype(np.float64) * scale
 
 
 def rows_alike(out: np.ndarray) -> list[np.ndarray]:
@@ -53,21 +55,11 @@ def rows_alike(out: np.ndarray) -> list[np.ndarray]:
     return [exponent == x for x in np.unique(exponent)]
 
 
-def check(q, k, v, *, poison=None, **options) -> None:
-    """Compares the package with the references.
-
-    Args:
-      q: 8-bit queries; k, v likewise.
-      k: keys.
-      v: values.
-      poison: maps (q, k, v, dout) to what the package gets instead.
-      **options: arguments of `attention`, or of `attention_varlen` if `cu_seqlens_q` is there.
-    """
-    K, group = k.shape[2], q.shape[2] // k.shape[2]
+def references(q, k, v, **options):
+    """`[out, lse]` in float64, and by the low-precision twin."""
     q_scale = options.get("q_scale")
     if np.ndim(q_scale):
-        q_scale = np.repeat(np.asarray(q_scale), group, axis=-1)
-        assert q_scale.shape[-1] == K * group
+        q_scale = np.repeat(np.asarray(q_scale), q.shape[2] // k.shape[2], axis=-1)
     meant = (
         wide(q, q_scale),
         wide(k, options.get("k_scale")),
@@ -77,14 +69,35 @@ def check(q, k, v, *, poison=None, **options) -> None:
     )
     others = {name: x for name, x in options.items() if name not in OWN_OPTIONS}
     exact = oracle.results(np.float64, *meant, **others)[0][:2]
-    twin = oracle.results(np.float32, *meant, **others, weight_dtype=E4M3)[0][:2]
+    if q.dtype not in DTYPES:
+        return exact, oracle.results(q.dtype, *meant, **others)[0][:2]
+    out, lse = oracle.results(np.float32, *meant, **others, weight_dtype=E4M3)[0][:2]
+    return exact, [out.astype(out_dtype(q, options)), lse]
+
+
+def out_dtype(q, options):
+    """The dtype of the output."""
+    return jnp.dtype(options.get("out_dtype") or (jnp.bfloat16 if q.dtype in DTYPES else q.dtype))
+
+
+def check(q, k, v, *, poison=None, **options) -> None:
+    """Compares the package with the references.
+
+    Args:
+      q: queries of 8 or 16 bits.
+      k: keys of 8 bits.
+      v: values of 8 bits.
+      poison: maps (q, k, v, dout) to what the package gets instead.
+      **options: arguments of `attention`, or of `attention_varlen` if `cu_seqlens_q` is there.
+    """
+    exact, twin = references(q, k, v, **options)
     given = (q, k, v) if poison is None else poison(q, k, v, q)[:3]
     arrays = {k: x for k, x in options.items() if oracle._is_array(x)}
     got = run(*given, arrays, tuple((k, x) for k, x in options.items() if k not in arrays))
-    dtype = jnp.dtype(options.get("out_dtype") or jnp.bfloat16)
+    dtype = out_dtype(q, options)
     for name, x, reference, low in zip(("out", "lse"), got, exact, twin, strict=True):
         assert x.dtype == (dtype if name == "out" else jnp.float32), name
-        rounded = low.astype(dtype) if name == "out" else low
-        for rows in rows_alike(reference) if name == "out" else [...]:
-            of_rows = (np.asarray(y)[rows] for y in (x, reference, rounded))
+        by_size = name == "out" and q.dtype in DTYPES
+        for rows in rows_alike(reference) if by_size else [...]:
+            of_rows = (np.asarray(y)[rows] for y in (x, reference, low))
             assert_close(*of_rows, dtype=dtype, what=name)

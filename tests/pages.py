@@ -1,5 +1,6 @@
 """Paged caches made in numpy from dense keys, and paged attention checked by the oracle."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import oracle
+import oracle_fp8
 from jax_flashattn import PagedKVCache, paged_attention
 from tolerances import assert_close
 
@@ -88,8 +90,12 @@ def check(q, k, v, lengths, cache: PagedKVCache, *, cu_seqlens_q=None, **options
         if isinstance(expected["query_offset"], np.ndarray):
             expected["query_offset"] = expected["query_offset"][None]
     (B, T, N, _), Hv = dense[0].shape, v.shape[-1]
-    zeros = np.zeros((B, T, N, Hv), q.dtype), np.zeros((B, N, T), np.float32)
-    exact, twin, _ = oracle.references(*dense, *zeros, **expected)
+    if k.dtype in oracle_fp8.DTYPES:
+        scales = dict(k_scale=cache.k_scale, v_scale=cache.v_scale)
+        exact, twin = oracle_fp8.references(*dense, **scales, **expected)
+    else:
+        zeros = np.zeros((B, T, N, Hv), q.dtype), np.zeros((B, N, T), np.float32)
+        exact, twin, _ = oracle.references(*dense, *zeros, **expected)
     got = run(jnp.asarray(q), cache, arrays, static)
     for name, x, reference, low in zip(("out", "lse"), got, exact, twin, strict=False):
         assert x.dtype == (q.dtype if name == "out" else jnp.float32), name
@@ -134,18 +140,30 @@ def _options(choose: Any, T: int, N: int, S: int, rng: np.random.Generator) -> d
     return {name: x for name, x in options.items() if x is not None}
 
 
-def check_any(choose: Any, heads: tuple[int, ...], T: list[int], S: int, dtype: Any) -> None:
+def with_scales(cache: PagedKVCache, k_scale: Any, v_scale: Any) -> PagedKVCache:
+    """The cache with scales that are None, scalars or one value per key head."""
+    scales = (None if x is None else jnp.asarray(x, jnp.float32) for x in (k_scale, v_scale))
+    return dataclasses.replace(cache, **dict(zip(("k_scale", "v_scale"), scales, strict=True)))
+
+
+def check_any(
+    choose: Any, heads: tuple[int, ...], T: list[int], S: int, dtype: Any, kv_dtype: Any = None
+) -> None:
     """Checks a call that `choose` draws: three sequences of up to S keys and one of T queries.
 
-    `heads` are N, K, H and Hv.
+    `heads` are N, K, H and Hv; `kv_dtype` is an 8-bit one of keys and values.
     """
     T, seed = choose(T), choose(range(1000))
     rng = np.random.default_rng(seed)
     q, k, v = oracle.make_inputs(seed, 3, T, S, *heads, dtype)[:3]
+    k, v = (x if kv_dtype is None else x.astype(kv_dtype) for x in (k, v))
     lengths = [choose([0, 1, 8, S // 3, 64, S - 1, S]) for _ in range(3)]
     cache = make_cache(
         k, v, lengths, page_size=choose([8, 32, 128]), layout=choose(["NHD", "HND"]), seed=seed
     )
+    if kv_dtype is not None:
+        per_head = rng.uniform(0.3, 2, heads[1])
+        cache = with_scales(cache, choose([None, 0.5, per_head]), choose([None, 2.0, per_head]))
     options = _options(choose, T, heads[0], S, rng)
     form = choose(["whole", "padded", "packed"])
     if form == "padded":

@@ -183,17 +183,16 @@ def test_architecture_to_compile_for(monkeypatch):
 def test_no_serving_kernel(features):
     op = "fwd" if features else "decode"
     plan = _native.cuda_explain(op, "bfloat16", 64, 64, "full", ["fp8", *features], 90, 16)
-    assert plan["error"].startswith("float8 pages and decoding: not supported")
+    assert plan["error"].startswith("float8 queries: expected float16 or bfloat16")
 
 
-@pytest.mark.parametrize("queries", [E4M3, jnp.bfloat16], ids=lambda x: x.__name__)
 @pytest.mark.parametrize("implementation", [None, "xla"])
-def test_no_pages(queries, implementation):
+def test_no_queries_over_pages(implementation):
     cache = PagedKVCache.create(
         batch=2, max_pages=4, num_pages=9, page_size=8, num_kv_heads=2, head_dim=16, dtype=E4M3
     )
-    with pytest.raises(UnsupportedError, match=r"float8 pages .* not supported, got float8_e4m3fn"):
-        paged_attention(jnp.zeros((2, 1, 4, 16), queries), cache, implementation=implementation)
+    with pytest.raises(UnsupportedError, match=r"q must be of 16 bits .* got float8_e4m3fn"):
+        paged_attention(jnp.zeros((2, 1, 4, 16), E4M3), cache, implementation=implementation)
 
 
 def test_custom_call():

@@ -34,7 +34,7 @@ PYTHON = {
     "_api": {"_prepare", "_reference", "_spec", "_vjp"},
     "_explain": {"_fp8", "_lowering_cuda", "_lowering_serve", "_native", "_prepare", "_spec"},
     "_serving": {"_api", "_kv_cache", "_paged", "_prepare", "_reference", "_spec"},
-    "_kv_cache": {"_prepare", "_reference", "_spec"},
+    "_kv_cache": {"_fp8", "_prepare", "_reference", "_spec"},
     "_page_allocator": set(),
     "_paged": {"_calls", "_lowering", "_sharding", "_spec"},
     "_prepare": {"_fp8", "_spec"},

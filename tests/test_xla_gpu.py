@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashattn import attention
+from jax_flashattn import PagedKVCache, attention, paged_attention
 from shards import collectives, compiled, gradients
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin of jaxlib's version")
@@ -123,6 +123,43 @@ def test_fewer_key_heads_than_devices(mesh):
         assert collectives(backward) == ["all-reduce"]
     else:
         assert set(collectives(forward)) == set(collectives(backward)) == {"all-gather"}
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_a_float8_pool_is_not_copied(layout, devices):
+    """It is written in place as bytes, and read where it lies."""
+    cache = jax.eval_shape(
+        lambda: PagedKVCache.create(
+            batch=3,
+            max_pages=4,
+            num_pages=13,
+            page_size=8,
+            num_kv_heads=2,
+            head_dim=16,
+            dtype=jnp.float8_e4m3fn,
+            layout=layout,
+            k_scale=0.5,
+        )
+    )
+    one = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), P())
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+    q, k = (jax.ShapeDtypeStruct((3, 1, heads, 16), jnp.bfloat16, sharding=one) for heads in (4, 2))
+
+    def step(cache, q, k):
+        cache = cache.append(k, k)
+        return cache, paged_attention(q, cache)
+
+    text = (
+        jax.jit(step, donate_argnums=0).lower(jax.tree.map(like, cache), q, k).compile().as_text()
+    )
+    alias = re.search(r"input_output_alias=\{(.*?) \},", text).group(1)
+    assert "{0}: (0" in alias and "{1}: (1" in alias
+    [program] = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    shape = ",".join(map(str, cache.k_pages.shape))
+    made = re.findall(rf"%(\S+) = (?:u8|f8e4m3fn)\[{shape}\]\S* ([a-z-]+)\(", program)
+    assert {operation for _, operation in made} <= {"parameter", "bitcast", "fusion"}
+    fusions = [name for name, operation in made if operation == "fusion"]
+    assert len(fusions) == 2 and all("scatter" in name for name in fusions)
 
 
 @pytest.mark.parametrize("mesh", [AxisType.Auto], indirect=True, ids=["Auto"])

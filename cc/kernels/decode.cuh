@@ -15,13 +15,13 @@
 //             across tiles. With
 //             kTma it is one warp that orders copies by the tensor copy engine, else four that use
 //             cp.async.
-// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with kTma,
-// the
-//             CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
-// Keys        dense, or in pages that the producers look up; consumers see no difference.
+// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with
+// kParts,
+//             the CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
+// Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
+//             they are 8-bit floats, 128 to a panel, and fragments_fp8.cuh has the products.
 // Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; an mbarrier
-// for
-//             what a cluster's CTAs send each other.
+//             for what a cluster's CTAs send each other.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
@@ -31,6 +31,7 @@
 #include "barriers.cuh"
 #include "decode_cluster.cuh"
 #include "decode_share.cuh"
+#include "fragments_fp8.cuh"
 #include "logits.cuh"
 #include "ptx_sm90.cuh"
 #include "softmax.cuh"
@@ -49,11 +50,14 @@ struct Decode {
 
   // Tiles are panels of 64 columns, as the copy engine swizzles them.
   static constexpr int kPanelColumns = 64, kPanelBlocks = kPanelColumns / 16;
-  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
-  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;  // of Q
+  static constexpr int kPanelsOut = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kElements = C::kFp8 ? 2 : 1;  // of K and V in a column
+  static constexpr int kPanelsK = (kPanels + kElements - 1) / kElements;
+  static constexpr int kPanelsV = (kPanelsOut + kElements - 1) / kElements;
   using PanelQ = SmemTile<C::kRows, kPanelColumns>;
   using PanelN = SmemTile<C::kBlockN, kPanelColumns>;
-  static constexpr int kStageBytes = (kPanels > kPanelsV ? kPanels : kPanelsV) * PanelN::kBytes;
+  static constexpr int kStageBytes = (kPanelsK > kPanelsV ? kPanelsK : kPanelsV) * PanelN::kBytes;
   static constexpr int kMergePitch = kPanelColumns + 8;  // floats: rows of 8 lanes in other banks
 
   static constexpr int kSmemQ = C::kStages * kStageBytes;
@@ -147,8 +151,8 @@ struct Decode {
       const uint32 target = stage + lane * box_rows * PanelN::kPitch;
 #pragma unroll
       for (int panel = 0; panel < kNumPanels; ++panel) {
-        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns, boxes.row,
-                boxes.kv_head, boxes.batch, kL2EvictNormal);
+        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns * kElements,
+                boxes.row, boxes.kv_head, boxes.batch, kL2EvictNormal);
       }
     }
   }
@@ -203,16 +207,18 @@ struct Decode {
         if constexpr (C::kTma) {
           const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
           next_stage();
-          LoadByEngine<kPanels>(&params.k, boxes, params.box_rows, stage, full);
+          LoadByEngine<kPanelsK>(&params.k, boxes, params.box_rows, stage, full);
           next_stage();
           LoadByEngine<kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
         } else {
           next_stage();
-          LoadByThreads<kPanels>(params, fwd.k, fwd.problem.head_dim, tiles.sequence, kv_head, key0,
-                                 stage, full);
+          LoadByThreads<kPanelsK>(params, ColumnsOf<C::kFp8>(fwd.k),
+                                  fwd.problem.head_dim / kElements, tiles.sequence, kv_head, key0,
+                                  stage, full);
           next_stage();
-          LoadByThreads<kPanelsV>(params, fwd.v, fwd.problem.head_dim_v, tiles.sequence, kv_head,
-                                  key0, stage, full);
+          LoadByThreads<kPanelsV>(params, ColumnsOf<C::kFp8>(fwd.v),
+                                  fwd.problem.head_dim_v / kElements, tiles.sequence, kv_head, key0,
+                                  stage, full);
         }
       }
       walk.Advance(count);
@@ -257,11 +263,46 @@ struct Decode {
     }
   }
 
+  // Queries of a tile with 8-bit keys, in place; the factor that the scores want for it. The warps
+  // that share rows share the work.
+  static JFA_DEVICE float PrepareRows(const FwdParams& params, const Rows& rows, uint32 smem_q,
+                                      int row_warp, int key_warp) {
+    constexpr int kChunks = C::kHeadDim / 8, kOwn = 16 / kKeyWarps;
+    const auto at = [=](int row, int chunk) {
+      return smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8);
+    };
+    float factor = ScoreScale(params, rows.batch, rows.kv_head);
+    int exponent = 0;
+    if constexpr (C::kBf16) {
+      exponent = LargestExponent<kChunks>(at, 16 * row_warp, 16);
+      factor *= QueryScale(exponent).back;
+      NamedBarrierSync(kConsumersDone, kConsumers);  // all have seen the rows
+    }
+    PrepareQueries<C::kBf16, kChunks>(at, 16 * row_warp + kOwn * key_warp, kOwn,
+                                      QueryScale(exponent));
+    NamedBarrierSync(kConsumersDone, kConsumers);
+    return factor;
+  }
+
   // s = Q K^T for the warp's rows and keys.
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k, int row_warp,
                                    int key_warp, int lane) {
     const Operand<PanelQ, Side::kA, false, kRowWarps> op_q(smem_q, row_warp, lane);
     const Operand<PanelN, Side::kB, false, kKeyWarps> op_k(smem_k, key_warp, lane);
+    if constexpr (C::kFp8) {
+      const auto load_q = [&](uint32(&a)[4], int, int block) {
+        auto q = op_q;
+        q.base += block / kPanelBlocks * PanelQ::kBytes;
+        q.Load(a, 0, block % kPanelBlocks);
+      };
+      const auto load_k = [&](uint32(&b)[4], int n, int step) {
+        auto keys = op_k;
+        keys.base += step / kPanelBlocks * PanelN::kBytes;
+        keys.Load(b, n, step % kPanelBlocks);
+      };
+      ScoreGemm8<C::kE5m2K, kDimBlocks / 2>(s, load_q, load_k);
+      return;
+    }
 #pragma unroll
     for (int k = 0; k < kDimBlocks; ++k) {
       uint32 a[1][4];
@@ -288,7 +329,15 @@ struct Decode {
         for (int e = 0; e < 4; ++e) w[n][e] = softmax.Weigh(e / 2, s[0][2 * k + n][e]);
       }
       uint32 p[1][4];
-      PackBlock<C::kBf16>(p[0], w[0], w[1]);
+      PackBlock<C::kBf16 && !C::kFp8>(p[0], w[0], w[1]);
+      if constexpr (C::kFp8) {
+        OutputGemm8<C::kE5m2V>(out, p, [&](uint32(&b)[4], int n) {
+          auto values = op_v;
+          values.base += n / kPanelBlocks * PanelN::kBytes;
+          values.Load(b, n % kPanelBlocks, k * kKeyWarps);
+        });
+        continue;
+      }
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
         uint32 b[4];
@@ -374,6 +423,7 @@ struct Decode {
     for (int half = 0; half < 2; ++half) {
       factor[half] =
           Exp2(-softmax.neg_reference[half] - total(16 * row_warp + lane / 4 + 8 * half).x);
+      if constexpr (C::kFp8) factor[half] *= ValueScale(params.fwd, rows.batch, rows.kv_head);
     }
     if constexpr (C::kParts) {
       if (in_cluster) {
@@ -384,9 +434,12 @@ struct Decode {
         }
       }
     }
-    float* own = merge + (warp * 16 + lane / 4) * kMergePitch + lane % 4 * 2;
+    if constexpr (C::kFp8) AdjoinColumns(out);
+    // Where a block of 8 columns has the lane's two.
+    const auto column_of = [](int n) { return C::kFp8 ? n / 2 * 16 + n % 2 * 2 : n * 8; };
+    float* own = merge + (warp * 16 + lane / 4) * kMergePitch + lane % 4 * (C::kFp8 ? 4 : 2);
 #pragma unroll
-    for (int panel = 0; panel < kPanelsV; ++panel) {
+    for (int panel = 0; panel < kPanelsOut; ++panel) {
       if (panel > 0) NamedBarrierSync(kConsumersDone, kConsumers);
 #pragma unroll
       for (int n = 0; n < 2 * kPanelBlocks; ++n) {
@@ -394,7 +447,7 @@ struct Decode {
         if (block >= 2 * kOutBlocks) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<float2*>(own + half * 8 * kMergePitch + n * 8) = make_float2(
+          *reinterpret_cast<float2*>(own + half * 8 * kMergePitch + column_of(n)) = make_float2(
               out[0][block][2 * half] * factor[half], out[0][block][2 * half + 1] * factor[half]);
         }
       }
@@ -479,6 +532,11 @@ struct Decode {
       Clear(out);
       OnlineSoftmax<1> softmax(logits[0].Scale());
       NamedBarrierSync(kConsumersDone, kConsumers);  // Q is there
+      if constexpr (C::kFp8) {
+        const float factor = PrepareRows(params.fwd, rows, smem + kSmemQ, row_warp, key_warp);
+        for (Logits& map : logits) map.ScaleScores(factor);
+        softmax.scale = logits[0].Scale();
+      }
 
 #pragma unroll 1
       for (int i = first; i < last; ++i) {

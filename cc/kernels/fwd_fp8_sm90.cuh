@@ -160,6 +160,7 @@ struct FwdFp8Sm90 {
     Ring k;
     RingV v;
     while (walk.Next(&tile)) {
+      tile.sequence.table_row = 0;  // there are no pages; one register less
       Slot* slot = SlotAt(smem_pointer, t.stage);
       Work* work = &slot->work;
       if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);

@@ -13,6 +13,7 @@
 // Barriers    only __syncthreads. kStages 1: K and V have one buffer each; V loads during Q K^T,
 //             the next K during softmax and P V; two barriers a block. kStages 2: K and V have two
 //             buffers, loaded a block ahead; one barrier a block.
+// 8-bit K, V  with kFp8: two elements to a 16-bit column, turned into f16 by fragments_fp8.cuh.
 // Shared      Q kBlockM * kHeadDim, K and V kStages * kBlockN * (kHeadDim + kHeadDimV), times 2
 //             bytes; the output tile reuses all of it. plan.cc computes the same sum.
 // Registers   output kRowBlocks * kHeadDimV / 2, scores kRowBlocks * kBlockN / 2, Q too with
@@ -20,6 +21,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM80_CUH_
 
+#include "fragments_fp8.cuh"
 #include "kv_source.cuh"
 #include "row_scores.cuh"
 #include "softmax.cuh"
@@ -36,8 +38,9 @@ struct FwdSm80 {
   static constexpr int kOutBlocks = C::kHeadDimV / 16;
 
   using TileQ = SmemTile<C::kBlockM, C::kHeadDim>;
-  using TileK = SmemTile<C::kBlockN, C::kHeadDim>;
-  using TileV = SmemTile<C::kBlockN, C::kHeadDimV>;
+  static constexpr int kElements = C::kFp8 ? 2 : 1;  // of K and V in 16 bits
+  using TileK = SmemTile<C::kBlockN, C::kHeadDim / kElements>;
+  using TileV = SmemTile<C::kBlockN, C::kHeadDimV / kElements>;
   using TileO = SmemTile<C::kBlockM, C::kHeadDimV>;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
   static constexpr int kInputBytes = TileQ::kBytes + C::kStages * kStageBytes;
@@ -58,7 +61,18 @@ struct FwdSm80 {
   // acc += Q K^T
   static JFA_DEVICE void ScoreGemm(Scores& s, const uint32 (&q)[kRowBlocks][kDimBlocks][4],
                                    const OperandQ& op_q, const OperandK& op_k) {
-    if constexpr (C::kQInRegs) {
+    if constexpr (C::kFp8) {
+      const auto load_q = [&](uint32(&a)[4], int m, int block) {
+        if constexpr (C::kQInRegs) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) a[e] = q[m][block][e];
+        } else {
+          op_q.Load(a, m, block);
+        }
+      };
+      const auto load_k = [&](uint32(&b)[4], int n, int step) { op_k.Load(b, n, step); };
+      ScoreGemm8<C::kE5m2K, kDimBlocks / 2>(s, load_q, load_k);
+    } else if constexpr (C::kQInRegs) {
 #pragma unroll
       for (int k = 0; k < kDimBlocks; ++k) {
         uint32 a[kRowBlocks][4];
@@ -89,10 +103,34 @@ struct FwdSm80 {
 #pragma unroll
           for (int e = 0; e < 4; ++e) w[n][e] = softmax.Weigh(2 * m + e / 2, s[m][2 * k + n][e]);
         }
-        PackBlock<C::kBf16>(p[m], w[0], w[1]);
+        PackBlock<C::kBf16 && !C::kFp8>(p[m], w[0], w[1]);
       }
-      MmaRow<C::kBf16>(out, p, op_v, k);
+      if constexpr (C::kFp8) {
+        OutputGemm8<C::kE5m2V>(out, p, [&](uint32(&b)[4], int n) { op_v.Load(b, n, k); });
+      } else {
+        MmaRow<C::kBf16>(out, p, op_v, k);
+      }
     }
+  }
+
+  // Queries for 8-bit keys, each warp's own rows in place; the factor that their scores want.
+  static JFA_DEVICE float PrepareRows(uint32 smem_q) {
+    constexpr int kChunks = C::kHeadDim / 8;
+    const int first = 16 * (ReadThreadIndex() / kWarpSize);
+    const auto at = [=](int row, int chunk) { return smem_q + TileQ::Offset(row, chunk); };
+    int exponent = 0;
+    if constexpr (C::kBf16) {
+      for (int m = 0; m < kRowBlocks; ++m) {
+        exponent = Max(exponent, LargestExponent<kChunks>(at, first + 16 * C::kWarps * m, 16));
+      }
+      __syncwarp();
+    }
+    const QueryScale scale(exponent);
+    for (int m = 0; m < kRowBlocks; ++m) {
+      PrepareQueries<C::kBf16, kChunks>(at, first + 16 * C::kWarps * m, 16, scale);
+    }
+    __syncwarp();
+    return C::kBf16 ? scale.back : 1.f;
   }
 
   // Where the results go.
@@ -130,14 +168,16 @@ struct FwdSm80 {
     CpAsyncCommit();
     auto walk = KeyWalk<kMask, C::kSegments, C::kBlockM, C::kBlockN>::template Of<kThreads>(
         mask, ids, row0, reinterpret_cast<int*>(smem + TileQ::kBytes));
+    const auto& keys = ColumnsOf<C::kFp8>(params.k);
+    const auto& values = ColumnsOf<C::kFp8>(params.v);
     const auto load_k = MakeKeyLoader<TileK, kThreads, C::kAligned, C::kPaged>(
-        params, params.k, problem.head_dim, sequence, work.batch, kv_head);
+        params, keys, problem.head_dim / kElements, sequence, work.batch, kv_head);
     const auto load_v = MakeKeyLoader<TileV, kThreads, C::kAligned, C::kPaged>(
-        params, params.v, problem.head_dim_v, sequence, work.batch, kv_head);
+        params, values, problem.head_dim_v / kElements, sequence, work.batch, kv_head);
 
     Output out;
     Clear(out);
-    const LogitMap<C::kSoftcap, C::kAlibi> logits(problem, sequence, work.batch, work.head);
+    LogitMap<C::kSoftcap, C::kAlibi> logits(problem, sequence, work.batch, work.head);
     OnlineSoftmax<kRowBlocks> softmax(logits.Scale());
     uint32 q[kRowBlocks][kDimBlocks][4];
     int block = walk.First();
@@ -146,9 +186,15 @@ struct FwdSm80 {
       load_k.Load(smem_k, block * C::kBlockN, sequence.kv_len);
       if (C::kStages == 2) load_v.Load(smem_v, block * C::kBlockN, sequence.kv_len);
       CpAsyncCommit();
-      if constexpr (C::kQInRegs) {
+      if constexpr (C::kQInRegs || C::kFp8) {
         CpAsyncWait<0>();
         __syncthreads();
+      }
+      if constexpr (C::kFp8) {
+        logits.ScaleScores(PrepareRows(smem_q) * ScoreScale(params, work.batch, kv_head));
+        softmax.scale = logits.Scale();
+      }
+      if constexpr (C::kQInRegs) {
         const OperandQ op_q(smem_q, threadIdx.x / kWarpSize, threadIdx.x % kWarpSize);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
@@ -225,6 +271,11 @@ struct FwdSm80 {
         params.sinks == nullptr
             ? -Infinity()
             : params.sinks[static_cast<int64>(tile.batch) * problem.num_heads + tile.head];
+    float v_scale = 1.f;
+    if constexpr (C::kFp8) {
+      AdjoinColumns(out);
+      v_scale = ValueScale(params, tile.batch, tile.head / problem.group);
+    }
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       const int block_row = 16 * (warp + C::kWarps * m);
@@ -235,7 +286,7 @@ struct FwdSm80 {
         const int row = tile.row0 + block_row + lane / 4 + 8 * half;
         // Padding rows were zeros that saw every key: their mean of V must not get out.
         if (row >= tile.q_len) result = {0.f, -Infinity()};
-        factor[half] = result.normalizer;
+        factor[half] = C::kFp8 ? result.normalizer * v_scale : result.normalizer;
         if (lane % 4 == 0 && row < tile.q_rows) lse[row] = result.lse;
       }
       const BlockWriter<TileO, 1> writer(smem_q, block_row, 0, lane);
@@ -248,7 +299,11 @@ struct FwdSm80 {
         }
         uint32 r[4];
         PackBlock<C::kBf16>(r, out[m][2 * n], out[m][2 * n + 1]);
-        writer.Store(0, n, r);
+        if constexpr (C::kFp8) {
+          StoreAdjoined<TileO>(smem_q, block_row, n, lane, r);
+        } else {
+          writer.Store(0, n, r);
+        }
       }
     }
     __syncthreads();

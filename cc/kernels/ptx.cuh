@@ -62,6 +62,9 @@ JFA_DEVICE void Stmatrix4(uint32 smem, const uint32 (&r)[4]) {
 JFA_DEVICE void StoreShared4(uint32 smem, uint32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
 }
+JFA_DEVICE void StoreShared8(uint32 smem, uint32 low, uint32 high) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(low), "r"(high) : "memory");
+}
 JFA_DEVICE void StoreShared16(uint32 smem, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
@@ -142,6 +145,14 @@ JFA_DEVICE float ToFloat(uint16 bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
     return y;
   }
+}
+
+// Bytes of a (0 to 3) and b (4 to 7), chosen by the hex digits of the selector, last one lowest.
+template <uint32 kSelector>
+JFA_DEVICE uint32 Permute(uint32 a, uint32 b) {
+  uint32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(kSelector));
+  return r;
 }
 
 // --- a kernel that starts before the end of the one before it (sm_90) ----------------------------

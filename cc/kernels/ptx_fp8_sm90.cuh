@@ -21,14 +21,6 @@ JFA_DEVICE uint32 PackE4m3(float a, float b, float c, float d) {
   return r;
 }
 
-// Bytes of a (0 to 3) and b (4 to 7), chosen by the hex digits of the selector, last one lowest.
-template <uint32 kSelector>
-JFA_DEVICE uint32 Permute(uint32 a, uint32 b) {
-  uint32 r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(kSelector));
-  return r;
-}
-
 // d += a b for a warpgroup, a 64 x 32, b 32 x kN, d 64 x kN in f32, as Wgmma.
 //   Ss  a from shared memory, Rs  a from registers and of e4m3
 template <int kN>
