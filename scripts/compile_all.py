@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARCHS = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
+KEYS = (512, 16384)
 LAYOUTS = ((), ("segments",), ("packed",))
 
 
@@ -73,7 +74,9 @@ def _variants(product: bool) -> list[tuple]:
             ARCHS, OPS, HEAD_DIMS, dtypes, masks, features
         )
     ]
-    return plain + _serving_variants(product) + _fp8_variants(product)
+    # Hopper's forward has tiles of its own for short and for long keys.
+    lengths = [(*x, 0, kv_len) for x in plain if x[0] == "fwd" and x[-1] == 90 for kv_len in KEYS]
+    return plain + lengths + _serving_variants(product) + _fp8_variants(product)
 
 
 def _rows(variant: tuple) -> list[tuple]:

@@ -15,7 +15,7 @@ from jax_flashattn import PagedKVCache, attention, attention_varlen, paged_atten
 T, S = 150, 170
 IDS = np.arange(S, dtype=np.int32) // 40
 HEAD_DIMS = ((64, 64), (100, 100), (128, 128), (192, 128), (256, 256))
-FP8_HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
+FP8_HEAD_DIMS = LENGTH_HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
 FEATURES = {
     "plain": {},
     "window": dict(local_window_size=(30, 5), sink_tokens=3),
@@ -59,6 +59,16 @@ def train(head_dim, head_dim_v):
             f = partial(_attention, features=features, deterministic=deterministic)
             out, vjp = jax.vjp(f, *inputs)
             _check(f"{name}, deterministic={deterministic}", out, vjp(out))
+
+
+def lengths(head_dim, head_dim_v):
+    """The forward of more keys, which has other tiles, full and causal, and as a grid."""
+    for keys in (1100, 8200):
+        inputs = _inputs((1, T, 2, head_dim), (1, keys, 1, head_dim), (1, keys, 1, head_dim_v))
+        for is_causal in (False, True):
+            for schedule in (None, "grid"):
+                f = partial(attention, is_causal=is_causal, query_offset="end", schedule=schedule)
+                _check(f"{keys} keys, causal={is_causal}, {schedule}", jax.jit(f)(*inputs))
 
 
 def fp8(head_dim, head_dim_v):
@@ -108,6 +118,7 @@ CASES = {
     f"{group.__name__}-{h}x{hv}": partial(group, h, hv)
     for group, dims in (
         (train, HEAD_DIMS),
+        (lengths, LENGTH_HEAD_DIMS),
         (fp8, FP8_HEAD_DIMS),
         (decode, HEAD_DIMS),
         (paged, HEAD_DIMS[::2]),
