@@ -236,15 +236,9 @@ struct FwdFp8Sm90 {
 
   // --- consumers --------------------------------------------------------------------------------
 
-  // Shared memory operand in panels: rows in groups of 8 (1024 bytes).
-  static JFA_DEVICE uint64 Descriptor(uint32 address) {
-    constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = (8 * kRowBytes) >> 4;
-    return kSwizzle128 | kEightRows << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
-  }
-
   // s = Q K^T, started
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k) {
-    const uint64 q = Descriptor(smem_q), k = Descriptor(smem_k);
+    const uint64 q = PanelDescriptor(smem_q, 16), k = PanelDescriptor(smem_k, 16);
     Pin(s);
     WgmmaFence();
 #pragma unroll
@@ -261,7 +255,7 @@ struct FwdFp8Sm90 {
   // out += P V, or out = P V, started; of as many dims as `out` has.
   template <bool kFromZero, int kBlocks>
   static JFA_DEVICE void OutputGemm(float (&out)[1][kBlocks][4], const Weights& p, uint32 smem_t) {
-    const uint64 v = Descriptor(smem_t);
+    const uint64 v = PanelDescriptor(smem_t, 16);
     Pin(out);
     WgmmaFence();
 #pragma unroll

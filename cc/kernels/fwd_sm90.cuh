@@ -220,17 +220,9 @@ struct FwdSm90 {
 
   // --- consumers --------------------------------------------------------------------------------
 
-  // Shared memory operand in panels: rows in groups of 8 (1024 bytes); `leading` bytes from panel
-  // to panel, which counts only where a product's outer dimension runs over panels.
-  static JFA_DEVICE uint64 Descriptor(uint32 address, uint32 leading) {
-    constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = (8 * kRowBytes) >> 4;
-    return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |
-           (address & 0x3ffff) >> 4;
-  }
-
   // s = Q K^T, started
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k) {
-    const uint64 q = Descriptor(smem_q, 16), k = Descriptor(smem_k, 16);
+    const uint64 q = PanelDescriptor(smem_q, 16), k = PanelDescriptor(smem_k, 16);
     Pin(s);
     WgmmaFence();
 #pragma unroll
@@ -246,7 +238,7 @@ struct FwdSm90 {
 
   // out += P V, started
   static JFA_DEVICE void OutputGemm(Output& out, const Weights& p, uint32 smem_v) {
-    const uint64 v = Descriptor(smem_v, kPanelBytesN);
+    const uint64 v = PanelDescriptor(smem_v, kPanelBytesN);
     Pin(out);
     WgmmaFence();
 #pragma unroll

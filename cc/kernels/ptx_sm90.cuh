@@ -118,9 +118,9 @@ JFA_DEVICE void Pin(float (&x)[kM][kN][4]) {
   }
 }
 
-// Shared memory operand in panels of 64 columns: rows of 128 bytes in groups of 8 (1024 bytes),
-// swizzled; `leading` bytes from panel to panel, which counts only where a product's outer
-// dimension runs over panels.
+// Shared memory operand in panels: rows of 128 bytes in groups of 8 (1024 bytes), swizzled;
+// `leading` bytes from panel to panel, which counts only where a product's outer dimension runs
+// over panels.
 JFA_DEVICE uint64 PanelDescriptor(uint32 address, uint32 leading) {
   constexpr uint64 kSwizzle128 = 1ull << 62, kEightRows = 1024 >> 4;
   return kSwizzle128 | kEightRows << 32 | static_cast<uint64>(leading >> 4) << 16 |

@@ -3,6 +3,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_
 
 #include "ptx_sm90.cuh"
+#include "row_pieces_sm90.cuh"
 #include "row_scores.cuh"
 #include "softmax.cuh"
 #include "tiles_sm90.cuh"
@@ -21,20 +22,6 @@ struct ResultsSm90 {
   static constexpr int kBytes = kPanels * kPanelBytes;  // in shared memory
   using Output = float[1][2 * kOutBlocks][4];
   using Tile = typename TilesSm90<C>::Tile;
-
-  // Four words of each of four lanes: lane t gets everybody's word t.
-  static JFA_DEVICE void Transpose(uint32 (&w)[4], int t) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool high = t & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32 got = __shfl_xor_sync(kFullWarp, high ? w[i] : w[i | bit], bit);
-        (high ? w[i] : w[i | bit]) = got;
-      }
-    }
-  }
 
   // Returns the factors of this lane's two rows of output.
   template <class Softmax>
@@ -128,7 +115,7 @@ struct ResultsSm90 {
         for (int i = 0; i < 4; ++i) {
           w[i] = PackPair(&out[0][4 * n + i][2 * half], half ? normalizer.y : normalizer.x, valid);
         }
-        Transpose(w, t);
+        TransposeWords(w, t);
         if (row < tile.sequence.q_rows && 32 * n + 8 * t < params.fwd.problem.head_dim_v) {
           StoreGlobal16(target + 32 * n, w);
         }
