@@ -17,8 +17,8 @@ Start = Callable[[Sequence[Any]], dict[str, Timer]]  # of inputs; the timers by 
 Build = Callable[[], Start]  # compiles, which takes long and may be done in a thread
 
 QUEUED_SECONDS = 0.012  # of one reading: starting and waiting take up to 50 microseconds of it
-# Of one program: between two of them the device waits for about 20 microseconds, and the host needs
-# up to 100 to queue the next.
+# Of one program: between two of them the device seems to wait for about 20 microseconds, and the
+# host needs up to 100 to queue the next.
 PROGRAM_SECONDS = 4e-3
 MOST_REPEATS = 256
 MOST_QUERIES = 20  # arrays of queries for a program's calls
