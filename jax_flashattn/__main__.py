@@ -101,6 +101,8 @@ def _bench_command(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         _bench.run(args.output)
     else:
+        if jax.default_backend() != "gpu":
+            sys.exit(f"--platform cuda: JAX finds no GPU, its backend is {jax.default_backend()}")
         _bench_cuda.run(
             args.output, only=args.only, family=args.family, peers=args.peers, limit=args.limit
         )

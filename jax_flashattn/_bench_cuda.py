@@ -47,15 +47,20 @@ def run(
       peers: the only implementations to compare with, in the cells that they take part in. Rows of
         a run with others stay in the file.
       limit: at most so many cells of each section, to see that everything runs.
+
+    Raises:
+      ValueError: a section that isn't there, or not with this family.
     """
     report = Report(output)
     sections = SECTIONS
     if family is not None:
         os.environ["JFA_FORCE_FAMILY"] = family
         sections = {"plain": lambda: _bench_plain.groups(family)}
-    for name in sections if only is None else only:
+    names = list(sections) if only is None else only
+    for name in names:
         if name not in sections:
-            raise ValueError(f"family {family}: only {', '.join(sections)} can be run, got {name}")
+            raise ValueError(f"only must be of {', '.join(sections)} here, got {name}")
+    for name in names:
         start = time.perf_counter()
         print(f"== {name}" + ("" if family is None else f", {family}"), flush=True)
         report.begin(name, family, peers)

@@ -16,7 +16,7 @@ from jax_flashattn._bench_report import OURS, Report, Row
 from jax_flashattn._timing import Build, Start, Timer, alternate
 
 ROUNDS = 5
-CELLS_AT_ONCE = 16  # whose programs are compiled before the first of them is timed
+CELLS_AT_ONCE = 24  # whose programs are compiled before the first of them is timed
 SPEED = 5e14  # about what a Hopper GPU does, FLOP/s
 BANDWIDTH = 3e12  # about what it reads, bytes per second
 
@@ -155,7 +155,9 @@ def _work(cell: Cell) -> float:
     return cell.flops("fwd") if cell.moved is None else cell.moved
 
 
-def _time_group(group: Group, inputs: Sequence[Any], starts: dict[str, Start], report: Report):
+def _time_group(
+    group: Group, inputs: Sequence[Any], starts: dict[str, Start], report: Report
+) -> list[Row]:
     timers: dict[str, dict[str, Timer]] = {}
     entries = {entry.key: entry for entry in group.entries}
     for key, start in starts.items():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jax_flashattn._bench_harness import Cell, Entry
 from jax_flashattn._timing import (
+    BACKWARD,
     Build,
     Start,
     Timer,
@@ -140,11 +141,13 @@ def _torch_start(
             out = call(*inputs)
             dout = torch.randn_like(out)
 
+            backward_repeats = -(-repeats // BACKWARD)
+
             def gradients() -> None:
-                for _ in range(repeats):
+                for _ in range(backward_repeats):
                     torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
-            timers["bwd"] = queue_timer(gradients, wait, repeats)
+            timers["bwd"] = queue_timer(gradients, wait, backward_repeats)
         return timers
 
     return start

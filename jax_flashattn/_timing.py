@@ -17,11 +17,12 @@ Start = Callable[[Sequence[Any]], dict[str, Timer]]  # of inputs; the timers by 
 Build = Callable[[], Start]  # compiles, which takes long and may be done in a thread
 
 QUEUED_SECONDS = 0.012  # of one reading: starting and waiting take up to 50 microseconds of it
-# Of one program: between two of them the device waits for about 20 microseconds, and the host needs
-# up to 100 to queue the next.
+# Of one program: between two of them the device seems to wait for about 20 microseconds, and the
+# host needs up to 100 to queue the next.
 PROGRAM_SECONDS = 4e-3
 MOST_REPEATS = 256
 MOST_QUERIES = 20  # arrays of queries for a program's calls
+BACKWARD = 3  # forwards that a backward takes about as long as
 WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}  # as an option of XLA
 
 
@@ -104,6 +105,7 @@ def jax_build(
     first = jax.jit(functions[0])
     repeats = repeats_for(seconds, most)
     repeats = math.ceil(repeats / len(functions)) * len(functions)
+    backward_repeats = math.ceil(repeats / BACKWARD)
     calls = repeats if queries == 1 else min(queries, most)
 
     def apart(*inputs: jax.Array) -> list[jax.Array]:
@@ -120,7 +122,7 @@ def jax_build(
 
     def gradients(vjp: Any, dout: jax.Array) -> Any:
         grads = (dout,)
-        for _ in range(repeats):
+        for _ in range(backward_repeats):
             grads = vjp(grads[0])
         return grads
 
@@ -141,7 +143,7 @@ def jax_build(
             if programs is not None:
                 linearized, chained = programs
                 out, vjp = linearized(arrays[0], *arrays[queries:])
-                timers["bwd"] = queue_timer(lambda: chained(vjp, out), wait, repeats)
+                timers["bwd"] = queue_timer(lambda: chained(vjp, out), wait, backward_repeats)
             return timers
 
         return start

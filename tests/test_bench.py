@@ -183,7 +183,7 @@ def test_runs_are_merged_into_a_file_of_the_same_identity(tmp_path, monkeypatch)
     report = json.loads(path.read_text())
     assert [run["section"] for run in report["runs"]] == ["other"]
     assert report["source_sha256"] == "another"
-    with pytest.raises(ValueError, match="only plain can be run, got fp8"):
+    with pytest.raises(ValueError, match="must be of plain here, got fp8"):
         _bench_cuda.run(None, only=["fp8"], family="sm80")
 
 
