@@ -15,13 +15,11 @@
 //             across tiles. With
 //             kTma it is one warp that orders copies by the tensor copy engine, else four that use
 //             cp.async.
-// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with kTma,
-// the
-//             CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
+// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with
+//             kParts, the CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference.
-// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; an mbarrier
-// for
-//             what a cluster's CTAs send each other.
+// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; for what the
+//             CTAs of a cluster send each other an mbarrier.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
