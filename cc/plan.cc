@@ -239,9 +239,12 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
       combine, kCombineRows * 32, 0};
   // Hides what it takes to launch the second kernel.
   second.starts_early = arch >= 90;
-  // Merging in the cluster takes longer the more rows there are; measured to pay with 16.
+  // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128.
   if (!tma || rows > kMostPartsRows) return {decode, second};
-  return {decode, second, MakeDecodeMain(variant, common, info.smem_kb, tma, true)};
+  const KernelSpec parts = MakeDecodeMain(variant, common, info.smem_kb, tma, true);
+  const auto same = [&](const char* field) { return Field(parts, field) == Field(decode, field); };
+  if (!same("kRows") || !same("kBlockN")) return {decode, second};  // they take the same tiles
+  return {decode, second, parts};
 }
 
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -551,16 +554,17 @@ int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, i
 DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[kDecodeStretches];
   if (problem.q_len * problem.group == 0) return {};
+  // The same of both kernels.
   const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
   const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
   if (tiles > INT_MAX / blocks) return {};
-  if (plan.kernels.size() > kDecodeParts) {
+  if (plan.kernels.size() > kDecodeParts && tiles <= INT_MAX >> kMostPartsLog2) {
     int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, blocks, multiprocessors);
     if (problem.forced_cluster >= 0) {
       log2 = -1;
       while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;
     }
-    if (log2 >= 0 && tiles <= INT_MAX >> log2) return {tiles << log2, kDecodeParts, log2};
+    if (log2 >= 0) return {tiles << log2, kDecodeParts, log2};
   }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);

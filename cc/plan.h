@@ -76,14 +76,14 @@ struct KernelSpec {
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
-// decode: by DecodeKernel, of which a call takes the first two or the last).
+// decode: by DecodeKernel, of which a call takes the first two or the last, if that is there).
 // `error` is non-empty, and kernels empty, when nothing supports the variant on that arch.
-enum DecodeKernel { kDecodeStretches, kDecodeCombine, kDecodeParts };
-
 struct Plan {
   std::vector<KernelSpec> kernels;
   std::string error;
 };
+
+enum DecodeKernel { kDecodeStretches, kDecodeCombine, kDecodeParts };
 
 // arch is major * 10 + minor: 80, 86, 89, 90, 100, 120.
 Plan MakePlan(const Variant& variant, int arch);
@@ -99,10 +99,9 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;     // all its sequences have the same lengths
-  int64_t page_size = 0;  // 0: keys aren't in pages
-  int forced_cluster =
-      -1;  // CTAs that share a tile; 0: they share all blocks, -1: ShareDecode chooses
+  bool alike = false;       // all its sequences have the same lengths
+  int64_t page_size = 0;    // 0: keys aren't in pages
+  int forced_cluster = -1;  // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
 };
 
 struct Grid {

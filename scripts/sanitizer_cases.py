@@ -82,18 +82,22 @@ def fp8(head_dim, head_dim_v):
 
 
 def decode(head_dim, head_dim_v):
-    """One key head's rows of 16, 32, 64 and 128 a tile; more keys than one CTA takes."""
-    for tokens, heads in ((1, 4), (3, 16), (3, 32), (2, 128)):
-        keys = (2, 3000, 2, head_dim), (2, 3000, 2, head_dim_v)
+    """One key head's rows of 16, 32, 64 and 128 a tile, by clusters and by stretches of keys."""
+    for tokens, heads, num_keys in (
+        *((1, 4, 3000), (3, 16, 3000), (1, 4, 20000), (3, 16, 20000)),
+        *((3, 32, 3000), (2, 128, 3000)),
+    ):
+        keys = (2, num_keys, 2, head_dim), (2, num_keys, 2, head_dim_v)
         q, k, v = _inputs((2, tokens, heads, head_dim), *keys)
         for name in ("plain", "window", "biases"):
             features = {
                 x: np.ones(heads, np.float32) if isinstance(y, np.ndarray) else y
                 for x, y in FEATURES[name].items()
             }
-            lengths = np.array([3000, 77], np.int32)
+            lengths = np.array([num_keys, 77], np.int32)
             f = partial(attention, is_causal=True, query_offset="end", **features)
-            _check(f"{name}, {tokens}x{heads}", jax.jit(f)(q, k, v, key_value_seq_lengths=lengths))
+            case = f"{name}, {tokens}x{heads}, {num_keys} keys"
+            _check(case, jax.jit(f)(q, k, v, key_value_seq_lengths=lengths))
 
 
 def paged(head_dim, head_dim_v):

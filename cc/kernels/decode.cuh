@@ -8,20 +8,16 @@
 //            +----------------+
 //
 // Roles       Four warps consume (eight for 128 rows), with mma.sync: kRows / 16 of them side by
-// side
-//             share out the queries, the others the keys of a block, each with an online softmax of
-//             its own. The
-//             rest produce: they keep a ring of kStages buffers full, a block of K, then one of V,
-//             across tiles. With
-//             kTma it is one warp that orders copies by the tensor copy engine, else four that use
-//             cp.async.
-// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; or, with
-// kParts,
-//             the CTAs of a cluster take equal parts of one tile (decode_cluster.cuh).
+//             side share out the queries, the others the keys of a block, each with an online
+//             softmax of its own. The rest produce: they keep a ring of kStages buffers full, a
+//             block of K, then one of V, across tiles. With kTma it is one warp that orders copies
+//             by the tensor copy engine, else four that use cp.async.
+// Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; with kParts the
+//             CTAs of a cluster may take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
 //             they are 8-bit floats, 128 to a panel, and fragments_fp8.cuh has the products.
-// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; an mbarrier
-//             for what a cluster's CTAs send each other.
+// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; for what the
+//             CTAs of a cluster send each other an mbarrier.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
