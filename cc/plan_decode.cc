@@ -1,0 +1,170 @@
+#include "cc/plan_decode.h"
+
+#include <algorithm>
+#include <climits>
+
+namespace jfa {
+namespace {
+
+constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
+// CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
+constexpr int64_t kMostDecodeCtas = 192 * 2;
+constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
+constexpr int kMostPartsRows = 32;
+
+// `parts`: the kernel whose clusters share tiles; it runs alone on a multiprocessor, where more
+// shared memory keeps more copies in flight.
+KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem_kb, bool tma,
+                          bool parts) {
+  const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant,
+                                         tma, parts, smem_kb);
+  const int warps = (tile.rows <= 64 ? 4 : 8) + (tma ? 1 : 4);
+  Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
+  AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
+  AddInt(&fields, "kRows", tile.rows);
+  AddBool(&fields, "kTma", tma);
+  AddBool(&fields, "kParts", parts);
+  AddKeyDtypes(&fields, variant);
+  KernelSpec kernel = {"decode.cuh",
+                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + "_r" +
+                           std::to_string(tile.rows) + (parts ? "_parts" : ""),
+                       fields, warps * 32, tile.smem};
+  if (tma) kernel.box_rows_kv = tile.block_n;
+  if (variant.fp8_kv) kernel.kv_bytes = 1;
+  return kernel;
+}
+
+// 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
+constexpr int64_t kDecodeHeaderWords = 4;
+int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
+  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  return 4 + 2 * rows * (2 + head_dim_v);
+}
+
+// In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
+// and a second kernel that merges are better.
+int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, int64_t blocks,
+              int multiprocessors) {
+  // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
+  // of 14, 16 and 18, which no cluster crosses.
+  const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,
+                          multiprocessors * 3 / 4};
+  int best = -1;
+  int64_t longest = 0;
+  for (int log2 = 0; log2 <= kMostPartsLog2; ++log2) {
+    const int64_t part = CeilDiv(blocks, int64_t{1} << log2);
+    if (tiles << log2 > most[log2] || (best >= 0 && part == longest)) break;
+    best = log2;
+    longest = part;
+  }
+  // Times in units of 50 ns, measured on an H100 (docs/performance.md). One CTA takes 9 for a
+  // block, but 1 for each copy it orders; all of them together read 8 blocks from L2 in 1; a second
+  // kernel costs 52. Where parts are longer than kLongest memory is the limit, and a cluster's
+  // CTAs, which can't run anywhere, have less of it.
+  constexpr int64_t kLongest = 32, kBlockTime = 9, kBlocksInTime = 8, kMergeTime = 52;
+  const int64_t block_n = Field(kernel, "kBlockN");
+  const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
+  const int64_t columns = 128 / kernel.kv_bytes;  // of a box
+  const int64_t copies = boxes * (CeilDiv(Field(kernel, "kHeadDim"), columns) +
+                                  CeilDiv(Field(kernel, "kHeadDimV"), columns));
+  const bool is_short = longest <= kLongest && longest * std::max(kBlockTime, copies) <=
+                                                   kMergeTime + tiles * blocks / kBlocksInTime;
+  return is_short ? best : -1;
+}
+
+}  // namespace
+
+// The copy engine wants 16-byte rows, and so does everybody who copies 16 bytes at a time: what
+// isn't aligned goes to the forward kernels.
+std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const ArchInfo& info,
+                                   int arch) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const bool tma = arch == 90 && variant.family != Family::kSm80;
+  const KernelSpec decode = MakeDecodeMain(variant, common, info.smem_kb, tma, false);
+  const int rows = static_cast<int>(Field(decode, "kRows"));
+  Fields combine;
+  AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
+  AddInt(&combine, "kRows", rows);
+  AddInt(&combine, "kWarps", kCombineRows);
+  AddInt(&combine, "kMinBlocks", 1);
+  KernelSpec second = {
+      "decode_combine.cuh",
+      std::string("jfa_decode_combine_") + Name(variant.dtype) + "_r" + std::to_string(rows),
+      combine, kCombineRows * 32, 0};
+  // Hides what it takes to launch the second kernel.
+  second.starts_early = arch >= 90;
+  // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128.
+  if (!tma || rows > kMostPartsRows) return {decode, second};
+  const KernelSpec parts = MakeDecodeMain(variant, common, info.smem_kb, tma, true);
+  const auto same = [&](const char* field) { return Field(parts, field) == Field(decode, field); };
+  if (!same("kRows") || !same("kBlockN")) return {decode, second};  // they take the same tiles
+  return {decode, second, parts};
+}
+
+Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int multiprocessors) {
+  const KernelSpec& kernel = plan.kernels[index];
+  const DecodeShare share = ShareDecode(plan, problem, multiprocessors);
+  const uint32_t ctas = static_cast<uint32_t>(share.ctas);
+  if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
+  const int64_t tiles =
+      problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+  const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
+  if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
+  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  return {static_cast<uint32_t>(std::max<int64_t>(share.ctas - 1, 0) * CeilDiv(rows, kCombineRows)),
+          1, 1};
+}
+
+int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
+  return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
+}
+
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
+  const KernelSpec& kernel = plan.kernels[kDecodeStretches];
+  if (problem.q_len * problem.group == 0) return {};
+  // The same of both kernels.
+  const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
+  const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  if (tiles > INT_MAX / blocks) return {};
+  if (plan.kernels.size() > kDecodeParts && tiles <= INT_MAX >> kMostPartsLog2) {
+    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, blocks, multiprocessors);
+    if (problem.forced_cluster >= 0) {
+      log2 = -1;
+      while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;
+    }
+    if (log2 >= 0) return {tiles << log2, kDecodeParts, log2};
+  }
+  const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
+                       DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
+  const int64_t ctas =
+      std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
+  if (ctas < tiles) {
+    // Whole tiles need no merging: worth a few idle multiprocessors.
+    const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
+    const bool divides = whole * each == tiles && whole * 10 >= ctas * 9;
+    return {problem.alike && divides ? whole : ctas};
+  }
+  // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
+  // merging.
+  constexpr int64_t kShort = 32;
+  if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
+      Field(kernel, "kRows") == 16) {
+    return {tiles};
+  }
+  // Equal parts of tiles need less merging. No more of them than make the longest one shorter.
+  const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
+  return {tiles * CeilDiv(blocks, longest)};
+}
+
+int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
+  // The tile differs between architectures, its rows and blocks only by little: the larger ones.
+  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 128);
+  const int64_t tiles = problem.batch * problem.num_kv_heads *
+                        CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
+  const int64_t ctas =
+      std::min(kMostDecodeCtas, tiles * std::max<int64_t>(CeilDiv(problem.kv_len, 16), 1));
+  return kDecodeHeaderWords + ctas * (4 + 2 * rows * (2 + variant.head_dim_v));
+}
+
+}  // namespace jfa
