@@ -26,6 +26,7 @@
 
 #include "barriers.cuh"
 #include "decode_cluster.cuh"
+#include "decode_copies.cuh"
 #include "decode_share.cuh"
 #include "fragments_fp8.cuh"
 #include "logits.cuh"
@@ -85,140 +86,6 @@ struct Decode {
   static JFA_DEVICE uint32 Full(uint32 smem, int stage) { return smem + kSmemBarriers + 8 * stage; }
   static JFA_DEVICE uint32 Empty(uint32 smem, int stage) {
     return Full(smem, stage) + 8 * C::kStages;
-  }
-
-  // --- producers -------------------------------------------------------------------------------
-
-  // 32 entries of a row of the page table, one per lane, and the next 32, on their way.
-  struct PageWindow {
-    int first = -2 * kWarpSize, table_row = -1;
-    int here, ahead;
-
-    static JFA_DEVICE int Entry(const PagesArg& pages, int table_row, int page, int num_used) {
-      return page < num_used ? PageOf(pages, table_row, page << pages.page_log2) : 0;
-    }
-    // Makes the pages from `page` on, as many as a block has, readable from `here`. Entries from
-    // num_used on are never looked at.
-    JFA_DEVICE void MoveTo(const PagesArg& pages, int row, int page, int num, int num_used) {
-      if (row == table_row && page >= first && page + num <= first + kWarpSize) return;
-      const int lane = ReadLaneIndex();
-      const bool follows = row == table_row && page == first + kWarpSize;
-      here = follows ? ahead : Entry(pages, row, page + lane, num_used);
-      ahead = Entry(pages, row, page + kWarpSize + lane, num_used);
-      first = page;
-      table_row = row;
-    }
-    JFA_DEVICE int PageAt(int page) const { return __shfl_sync(kFullWarp, here, page - first); }
-  };
-
-  // Where the rows of one block of keys are, for the lane that orders the copy of some of them.
-  struct Boxes {
-    int num_needed;  // with keys that count
-    int kv_head, batch, row;
-
-    JFA_DEVICE Boxes(const DecodeParams& params, const Sequence& sequence, int head, int key0,
-                     PageWindow& window)
-        : kv_head(head) {
-      const PagesArg& pages = params.fwd.pages;
-      const int first_row = key0 + ReadLaneIndex() * params.box_rows;
-      num_needed = Clamp(CeilDiv(Max(sequence.kv_len - key0, 0), params.box_rows), 0,
-                         C::kBlockN / params.box_rows);
-      batch = sequence.table_row;
-      row = first_row;
-      if (pages.table == nullptr) return;
-      window.MoveTo(pages, sequence.table_row, key0 >> pages.page_log2,
-                    Max(C::kBlockN >> pages.page_log2, 1),
-                    (sequence.kv_len + (1 << pages.page_log2) - 1) >> pages.page_log2);
-      batch = window.PageAt(Min(first_row >> pages.page_log2, window.first + kWarpSize - 1));
-      row = first_row & ((1 << pages.page_log2) - 1);
-    }
-  };
-
-  // A block of K or V, by one warp whose lanes each order a box.
-  template <int kNumPanels>
-  static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
-                                      uint32 stage, uint32 full) {
-    const int lane = ReadLaneIndex();
-    if (lane == 0) {
-      MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
-    }
-    __syncwarp();
-    if (lane < boxes.num_needed) {
-      const uint32 target = stage + lane * box_rows * PanelN::kPitch;
-#pragma unroll
-      for (int panel = 0; panel < kNumPanels; ++panel) {
-        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns * kElements,
-                boxes.row, boxes.kv_head, boxes.batch, kL2EvictNormal);
-      }
-    }
-  }
-
-  // The same by all producers, 16 bytes each at a time; rows beyond the keys become zeros.
-  template <int kNumPanels>
-  static JFA_DEVICE void LoadByThreads(const DecodeParams& params, const TensorArg& tensor, int dim,
-                                       const Sequence& sequence, int kv_head, int key0,
-                                       uint32 stage, uint32 full) {
-    constexpr int kChunks = kPanelColumns / 8, kRowStep = kProducerWarps * kWarpSize / kChunks;
-    const PagesArg& pages = params.fwd.pages;
-    const int thread = ReadThreadIndex() - kConsumers, chunk = thread % kChunks;
-#pragma unroll 4
-    for (int i = thread / kChunks; i < C::kBlockN; i += kRowStep) {
-      const int key = key0 + i;
-      const bool valid = key < sequence.kv_len;
-      int batch = sequence.table_row, row = valid ? key : 0;
-      if (pages.table != nullptr) {
-        batch = valid ? PageOf(pages, sequence.table_row, key) : 0;
-        row &= (1 << pages.page_log2) - 1;
-      }
-      const uint16* source = RowPointer(tensor, batch, kv_head, row) + chunk * 8;
-      const uint32 target = stage + PanelN::Offset(i, chunk);
-#pragma unroll
-      for (int panel = 0; panel < kNumPanels; ++panel) {
-        const bool in_row = panel * kPanelColumns + chunk * 8 < dim;
-        CpAsync16(target + panel * PanelN::kBytes, source + panel * kPanelColumns,
-                  valid && in_row ? 16 : 0);
-      }
-    }
-    MbarrierArriveAfterCopies(full);
-  }
-
-  static JFA_DEVICE void Produce(const DecodeParams& params, uint32 smem) {
-    const FwdParams& fwd = params.fwd;
-    Walk walk(params, blockIdx.x);
-    Ring ring;
-    PageWindow window;
-    uint32 stage, full;
-    const auto next_stage = [&] {
-      MbarrierWait(Empty(smem, ring.stage), ring.parity ^ 1);
-      stage = smem + ring.stage * kStageBytes;
-      full = Full(smem, ring.stage);
-      ring.Advance();
-    };
-    while (walk.tile < walk.length) {
-      const Blocks tiles(fwd.problem, walk.batch);
-      const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
-      const int last = Min(walk.length - walk.tile, count);
-      for (int i = Max(-walk.tile, 0); i < last; ++i) {
-        const int key0 = tiles.blocks.At(i) * C::kBlockN;
-        if constexpr (C::kTma) {
-          const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
-          next_stage();
-          LoadByEngine<kPanelsK>(&params.k, boxes, params.box_rows, stage, full);
-          next_stage();
-          LoadByEngine<kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
-        } else {
-          next_stage();
-          LoadByThreads<kPanelsK>(params, ColumnsOf<C::kFp8>(fwd.k),
-                                  fwd.problem.head_dim / kElements, tiles.sequence, kv_head, key0,
-                                  stage, full);
-          next_stage();
-          LoadByThreads<kPanelsV>(params, ColumnsOf<C::kFp8>(fwd.v),
-                                  fwd.problem.head_dim_v / kElements, tiles.sequence, kv_head, key0,
-                                  stage, full);
-        }
-      }
-      walk.Advance(count);
-    }
   }
 
   // --- consumers -------------------------------------------------------------------------------
@@ -616,7 +483,7 @@ struct Decode {
     if (threadIdx.x < kConsumers) {
       Consume(params, smem_pointer);
     } else {
-      Produce(params, smem);
+      DecodeCopies<C, Decode>::Produce(params, smem);
     }
   }
 };
