@@ -1,42 +1,120 @@
-"""Calls that reach every CUDA kernel, for `compute-sanitizer --tool memcheck python ...`."""
+"""Calls that reach every CUDA kernel, by name; `scripts/sanitize_cuda.py` runs them checked.
 
+Usage: python scripts/sanitizer_cases.py CASE...
+"""
+
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flashattn import attention, attention_varlen
+from jax_flashattn import PagedKVCache, attention, attention_varlen, paged_attention
 
 T, S = 150, 170
-IDS = jnp.arange(S, dtype=jnp.int32) // 40
+IDS = np.arange(S, dtype=np.int32) // 40
+HEAD_DIMS = ((64, 64), (100, 100), (128, 128), (192, 128), (256, 256))
+FP8_HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
 FEATURES = {
     "plain": {},
     "window": dict(local_window_size=(30, 5), sink_tokens=3),
-    "biases": dict(logits_soft_cap=5.0, alibi_slopes=jnp.ones(4), sinks=jnp.ones(4)),
+    "biases": dict(
+        logits_soft_cap=5.0,
+        alibi_slopes=np.ones(4, np.float32),
+        sinks=np.ones(4, np.float32),
+    ),
     "segments": dict(segment_ids=(IDS[:T], IDS)),
     "packed": dict(
-        cu_seqlens_q=jnp.array([0, 60, 61, 140]), cu_seqlens_kv=jnp.array([0, 0, 90, 169])
+        cu_seqlens_q=np.array([0, 60, 61, 140], np.int32),
+        cu_seqlens_kv=np.array([0, 0, 90, 169], np.int32),
     ),
 }
 
 
-def _loss(q, k, v, deterministic, features):
-    options = dict(is_causal=True, query_offset="end", deterministic=deterministic)
+def _inputs(*shapes, dtype=jnp.bfloat16):
+    # Made by numpy, so that XLA has no kernels of its own to run for them.
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes]
+
+
+def _check(name, *results):
+    for x in jax.tree.leaves(results):
+        assert np.isfinite(np.asarray(x, np.float32)).all(), name
+    print("ran", name, flush=True)
+
+
+def _attention(q, k, v, features, **options):
+    options = dict(is_causal=True, query_offset="end", **options, **features)
     if "cu_seqlens_q" in features:
-        out = attention_varlen(q[0], k[0], v[0], **options, **features)
-    else:
-        lengths = jnp.array([S, 70])
-        out = attention(q, k, v, key_value_seq_lengths=lengths, **options, **features)
-    return out.astype(jnp.float32).sum()
+        return attention_varlen(q[0], k[0], v[0], **options)
+    return attention(q, k, v, key_value_seq_lengths=np.array([S, 70], np.int32), **options)
 
 
-for head_dim, head_dim_v in ((64, 64), (100, 100), (128, 128), (192, 128), (256, 256)):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v))
-    inputs = [jax.random.normal(*x, jnp.bfloat16) for x in zip(keys, shapes, strict=True)]
+def train(head_dim, head_dim_v):
+    """Forward and backward, with each feature, fast and deterministic."""
+    inputs = _inputs((2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v))
     for name, features in FEATURES.items():
         for deterministic in (False, True):
-            loss = partial(_loss, deterministic=deterministic, features=features)
-            grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
-            assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in grads)
-            print("ran", head_dim, head_dim_v, name, deterministic, flush=True)
+            f = partial(_attention, features=features, deterministic=deterministic)
+            out, vjp = jax.vjp(f, *inputs)
+            _check(f"{name}, deterministic={deterministic}", out, vjp(out))
+
+
+def fp8(head_dim, head_dim_v):
+    """The forward of 8-bit floats, which there is on Hopper only."""
+    shapes = (2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v)
+    inputs = _inputs(*shapes, dtype=jnp.float8_e4m3fn)
+    for name, features in FEATURES.items():
+        for sums in ("fast", "two_level"):
+            f = partial(_attention, features=features, fp8_accumulation=sums)
+            _check(f"{name}, {sums}", jax.jit(f)(*inputs))
+
+
+def decode(head_dim, head_dim_v):
+    """One key head's rows of 16, 32, 64 and 128 a tile; more keys than one CTA takes."""
+    for tokens, heads in ((1, 4), (3, 16), (3, 32), (2, 128)):
+        keys = (2, 3000, 2, head_dim), (2, 3000, 2, head_dim_v)
+        q, k, v = _inputs((2, tokens, heads, head_dim), *keys)
+        for name in ("plain", "window", "biases"):
+            features = {
+                x: np.ones(heads, np.float32) if isinstance(y, np.ndarray) else y
+                for x, y in FEATURES[name].items()
+            }
+            lengths = np.array([3000, 77], np.int32)
+            f = partial(attention, is_causal=True, query_offset="end", **features)
+            _check(f"{name}, {tokens}x{heads}", jax.jit(f)(q, k, v, key_value_seq_lengths=lengths))
+
+
+def paged(head_dim, head_dim_v):
+    """Decoding, chunks and packed queries over pages of every size, in both layouts."""
+    lengths = np.array([S, 70, 0], np.int32)
+    table = np.random.default_rng(1).permutation(3 * 32).reshape(3, 32).astype(np.int32)
+    for page_size in (8, 16, 32, 64, 128, 256):
+        for layout in ("NHD", "HND"):
+            middle = (page_size, 2) if layout == "NHD" else (2, page_size)
+            pages = _inputs((96, *middle, head_dim), (96, *middle, head_dim_v))
+            cache = PagedKVCache(*pages, jnp.asarray(table), jnp.asarray(lengths), layout)
+            for name in ("plain", "window", "biases"):
+                f = jax.jit(partial(paged_attention, **FEATURES[name]))
+                one, chunk = _inputs((3, 1, 4, head_dim), (3, 40, 4, head_dim))
+                ends = np.array([0, 40, 41, 41], np.int32)
+                packed = f(chunk[0, :41], cache, cu_seqlens_q=ends)
+                found = f(one, cache), f(chunk, cache), packed
+                _check(f"{name}, pages of {page_size} {layout}", found)
+
+
+CASES = {
+    f"{group.__name__}-{h}x{hv}": partial(group, h, hv)
+    for group, dims in (
+        (train, HEAD_DIMS),
+        (fp8, FP8_HEAD_DIMS),
+        (decode, HEAD_DIMS),
+        (paged, HEAD_DIMS[::2]),
+    )
+    for h, hv in dims
+}
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        CASES[case]()
