@@ -50,7 +50,7 @@ enum AuxBit : int64_t {
   kAllAux = (1 << 12) - 1,
 };
 
-// Bits of attribute `fp8`: _fp8_attribute of _lowering_cuda.py.
+// Bits of attribute `fp8`: fp8_attribute of _lowering_cuda.py.
 enum Fp8Bit : int64_t {
   kFp8 = 1 << 0,  // k, v and, without kWideQ, q are 8-bit floats: e4m3, or
   kE5m2Q = 1 << 1,

@@ -118,6 +118,25 @@ def paged(head_dim, head_dim_v):
                 _check(f"{name}, pages of {page_size} {layout}", found)
 
 
+def cache8(head_dim, head_dim_v):
+    """8-bit keys and values under 16-bit queries: decoding, longer calls, pages."""
+    lengths = np.array([S, 70], np.int32)
+    table = np.random.default_rng(1).permutation(2 * 16).reshape(2, 16).astype(np.int32)
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        k, v = _inputs((2, S, 2, head_dim), (2, S, 2, head_dim_v), dtype=dtype)
+        pages = _inputs((32, 16, 2, head_dim), (32, 16, 2, head_dim_v), dtype=dtype)
+        cache = PagedKVCache(*pages, jnp.asarray(table), jnp.asarray(lengths))
+        for tokens, heads in ((1, 4), (3, 16), (3, 32), (T, 4)):
+            [q] = _inputs((2, tokens, heads, head_dim))
+            f = partial(attention, is_causal=True, query_offset="end", v_scale=0.5)
+            found = jax.jit(f)(q, k, v, key_value_seq_lengths=lengths)
+            _check(
+                f"{jnp.dtype(dtype).name}, {tokens}x{heads}",
+                found,
+                jax.jit(paged_attention)(q, cache),
+            )
+
+
 CASES = {
     f"{group.__name__}-{h}x{hv}": partial(group, h, hv)
     for group, dims in (
@@ -126,6 +145,7 @@ CASES = {
         (fp8, FP8_HEAD_DIMS),
         (decode, HEAD_DIMS),
         (paged, HEAD_DIMS[::2]),
+        (cache8, FP8_HEAD_DIMS),
     )
     for h, hv in dims
 }

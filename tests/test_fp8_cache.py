@@ -173,7 +173,8 @@ def test_generation_in_a_scan():
     run = jax.jit(lambda cache: jax.lax.scan(step, cache, steps), donate_argnums=0)
     cache, out = run(cache)
     np.testing.assert_array_equal(cache.lengths, [20, 20, 20])
-    k8, v8 = (4 * k).astype(E4M3), (v * jnp.array([[2], [1]], v.dtype)).astype(E4M3)
+    k8 = (4 * k).astype(E4M3)
+    v8 = (v * jnp.array([2, 1], v.dtype)[None, None, :, None]).astype(E4M3)
     expected = attention(
         q, k8, v8, is_causal=True, k_scale=0.25, v_scale=jnp.array([[0.5, 1.0]] * 3)
     )

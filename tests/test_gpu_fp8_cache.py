@@ -114,7 +114,15 @@ def test_any_combination(seed):
     q, k, v = inputs[:3]
     k, v = k.astype(choose(DTYPES)), v.astype(choose(DTYPES))
     options["k_scale"] = choose([0.5, per_head(seed, *k.shape[::2][:2])])
-    oracle_fp8.check(q, k, v, poison=draws.poison(options, np.nan), **options)
+    # Padding that is finite and large must not say how queries are scaled.
+    poison = draws.poison(options, choose([np.nan, 6e4]))
+    oracle_fp8.check(q, k, v, poison=poison, **options)
+
+
+def test_padding_does_not_scale_queries():
+    q, k, v = make_inputs(11, 2, 4, 200, 4, 2, 128, 128)
+    options = dict(query_seq_lengths=np.array([1, 3], np.int32))
+    oracle_fp8.check(q, k, v, poison=draws.poison(options, 1e30), **options)
 
 
 HEADS = [(8, 2, 128, 128), (4, 1, 64, 64), (2, 2, 256, 256), (6, 3, 96, 48)]

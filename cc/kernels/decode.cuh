@@ -109,12 +109,14 @@ struct Decode {
     }
   };
 
-  static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, uint32 smem_q) {
+  // The first num_rows of them; zeros behind.
+  static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, int num_rows,
+                                     uint32 smem_q) {
     constexpr int kChunks = C::kHeadDim / 8;
     const ProblemParams& problem = params.fwd.problem;
     for (int i = ReadThreadIndex(); i < C::kRows * kChunks; i += kConsumers) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = row < rows.num && chunk * 8 < problem.head_dim;
+      const bool valid = row < num_rows && chunk * 8 < problem.head_dim;
       uint4 value = make_uint4(0, 0, 0, 0);
       if (valid) {
         value = __ldg(reinterpret_cast<const uint4*>(RowPointer(params.fwd.q, rows.batch,
@@ -376,7 +378,10 @@ struct Decode {
       const int count = tiles.Count(), first = Max(-walk.tile, 0);
       const int last = Min(walk.length - walk.tile, count);
       const Rows rows(params, walk);
-      LoadQueries(params, rows, smem + kSmemQ);
+      // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
+      const int num_rows =
+          C::kFp8 ? Clamp(sequence.q_len * problem.group - rows.first, 0, rows.num) : rows.num;
+      LoadQueries(params, rows, num_rows, smem + kSmemQ);
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
       Window seen[2];
