@@ -319,7 +319,8 @@ def test_explain():
         return [x["symbol"] for x in explain(q, k, v, platform="cuda", arch=arch).kernels]
 
     combine = "jfa_decode_combine_bf16_r16"
-    assert symbols(1, 90) == ["jfa_decode_sm90_bf16_e4m3_d128_full_r16", combine]
+    main = "jfa_decode_sm90_bf16_e4m3_d128_full_r16"
+    assert symbols(1, 90) == [main, combine, main + "_parts"]
     assert symbols(1, 80, (E5M2, E4M3)) == ["jfa_decode_sm80_bf16_e5m2_e4m3_d128_full_r16", combine]
     for arch in (80, 89, 90):
         assert symbols(500, arch) == ["jfa_fwd_sm80_bf16_e4m3_d128_full"]
@@ -332,7 +333,7 @@ def test_custom_calls(monkeypatch):
     assert f"fp8 = {1 + 4 + 32} : i64" in text and "is_bf16 = false" in text
     long = [jax.ShapeDtypeStruct((1, 900, 4, 16), d) for d in (jnp.bfloat16, E4M3, E4M3)]
     text = lower(f, *long, monkeypatch=monkeypatch)
-    assert "jfa_fwd_v3" in text and f"fp8 = {1 + 32} : i64" in text
+    assert "jfa_fwd_v4" in text and f"fp8 = {1 + 32} : i64" in text
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
