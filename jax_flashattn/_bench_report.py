@@ -71,9 +71,9 @@ def identity() -> dict[str, Any]:
     try:
         cuda = _native.cuda_devices()
         gpu, version = cuda["devices"][0]["name"], cuda["driver_version"]
-        nvrtc = list(_native.nvrtc_version())
+        nvrtc = _native.nvrtc_version()
     except RuntimeError:
-        gpu, version, nvrtc = "none", 0, []
+        gpu, version, nvrtc = "none", 0, "none"
     return {
         "gpu": gpu,
         "driver": _driver(),
