@@ -54,12 +54,13 @@ def run(
     report = Report(output)
     sections = SECTIONS
     if family is not None:
-        os.environ["JFA_FORCE_FAMILY"] = family
         sections = {"plain": lambda: _bench_plain.groups(family)}
     names = list(sections) if only is None else only
     for name in names:
         if name not in sections:
             raise ValueError(f"only must be of {', '.join(sections)} here, got {name}")
+    if family is not None:
+        os.environ["JFA_FORCE_FAMILY"] = family
     for name in names:
         start = time.perf_counter()
         print(f"== {name}" + ("" if family is None else f", {family}"), flush=True)
