@@ -1,5 +1,6 @@
 """The forward of 8-bit inputs on a GPU beside cuDNN's, and decoding from 8-bit caches."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def _group(case: Cell) -> Group:
             v_scale=1.0,
         )
         build = jax_build(ours, case.shapes(), case.seconds, queries=queries)
-        kind = case if accumulation == "fast" else Cell(**{**vars(case), "feature": accumulation})
+        kind = case if accumulation == "fast" else replace(case, feature=accumulation)
         name = OURS if accumulation == "fast" else accumulation
         entries.append(Entry(OURS, build, kind, name))
     return Group(case, [*[q] * queries, k, v], [*entries, *_bench_peers.fp8(case, queries)])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashattn._bench_report import OURS, Report, Row
+from jax_flashattn._bench_report import OURS, Report, Row, is_ours
 from jax_flashattn._timing import Build, Start, Timer, alternate
 
 ROUNDS = 5
@@ -178,7 +178,7 @@ def _time_group(
                 )
                 if entry.per_work:
                     ratio *= _work(entries[entry.base].cell) / _work(entry.cell)
-                if entry.impl.startswith(OURS):
+                if is_ours(entry.impl):
                     row |= {"over": entry.base, "speed_over": 1 / ratio}
                     if entry.cell.op == "overhead":
                         more = (a - b for a, b in zip(seconds, found[entry.base], strict=True))
@@ -197,7 +197,7 @@ def _print_rows(cell: Cell, rows: Sequence[Row]) -> None:
                 rate = row.get("tflops") or row.get("gbs")
                 ratio = row.get("our_speedup") or row.get("speed_over")
                 name = row["impl"] if row["feature"] == "plain" else row["feature"]
-                if row["feature"] != "plain" and not row["impl"].startswith(OURS):
+                if row["feature"] != "plain" and not is_ours(row["impl"]):
                     name = f"{row['impl']} {row['feature']}"
                 figure = f"{row['ms'] * 1e3:.1f} us" + ("" if rate is None else f" {rate:.0f}")
                 parts.append(f"{name} {figure}" + ("" if ratio is None else f" ({ratio:.3f})"))
@@ -208,8 +208,8 @@ def with_peers(groups: Sequence[Group], peers: Sequence[str]) -> list[Group]:
     """The groups in which one of `peers` takes part, without the other ones."""
     found = []
     for group in groups:
-        entries = [x for x in group.entries if x.impl.startswith(OURS) or x.impl in peers]
-        if not all(entry.impl.startswith(OURS) for entry in entries):
+        entries = [x for x in group.entries if is_ours(x.impl) or x.impl in peers]
+        if not all(is_ours(entry.impl) for entry in entries):
             found.append(dataclasses.replace(group, entries=entries))
     return found
 

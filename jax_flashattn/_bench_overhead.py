@@ -33,10 +33,8 @@ from jax_flashattn._timing import (
 EMPTY = "empty_kernel"
 CALLS = 128  # of the 1024 launches that a stream takes before the host has to wait
 SEQ_LEN, HEAD_DIM = 256, 64  # with fewer queries it would be decoding, which may take two kernels
-BUSY_SIZE, BUSY_PRODUCTS = (
-    8192,
-    8,
-)  # matrix products of about 1.5 ms each: several times the queueing
+# Matrix products of about 1.5 ms each: several times the queueing.
+BUSY_SIZE, BUSY_PRODUCTS = 8192, 8
 
 
 def empty_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -46,9 +46,9 @@ CELL = (
 Row = dict[str, Any]
 
 
-def is_ours(row: Row) -> bool:
-    """Whether a row is of this project's kernels."""
-    return row["impl"].startswith(OURS)
+def is_ours(impl: str) -> bool:
+    """Whether an implementation is this project's kernels, of a forced family too."""
+    return impl.startswith(OURS)
 
 
 def _driver() -> str:

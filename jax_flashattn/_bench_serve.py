@@ -4,7 +4,8 @@ Decoding is bound by reading K and V, so its figure is their bytes over time; ch
 with the forward over the same keys without pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,32 @@ def _pages(case: Cell) -> list[np.ndarray]:
     return [lengths, *(page_table(case.batch, case.seq_kv // size) for size in PAGE_SIZES)]
 
 
-def _variant(case: Cell, **changes: Any) -> Cell:
-    return Cell(**{**vars(case), **changes})
+def _paged_entries(
+    case: Cell,
+    inputs: Sequence[Any],
+    timer: str,
+    dense: tuple[int, int, int] = (0, 1, 2),
+) -> list[Entry]:
+    """The call over pages of each size.
+
+    Args:
+      case: what their cells say but for the pages.
+      inputs: of the group; the last of them those of `_pages`.
+      timer: its name.
+      dense: numbers of the inputs q, k and v.
+    """
+    first_table = len(inputs) - len(PAGE_SIZES)
+    entries = []
+    for number, page_size in enumerate(PAGE_SIZES):
+        paged = replace(case, feature=f"pages of {page_size}")
+        taken = (*dense, first_table - 1, first_table + number)
+        build = jax_build(_paged(page_size), [inputs[i] for i in taken], case.seconds, op=timer)
+        entries.append(Entry(OURS, build, paged, paged.feature, inputs=taken))
+    return entries
+
+
+def _paged_decode(case: Cell) -> Cell:
+    return replace(case, set=f"paged {case.set}", op="paged_decode")
 
 
 def decode_group(case: Cell) -> Group:
@@ -74,29 +99,21 @@ def decode_group(case: Cell) -> Group:
     dense = [inputs[i] for i in (0, 1, 2, 3)] + [arrays[1]]
     for build in _bench_peers.fa3_kv_cache(case, dense, page_size=0, op="decode"):
         entries.append(Entry("flash_attn3_jax", build, case, inputs=(0, 1, 2, 3, 4)))
-    entries = [
-        entry if entry.inputs else Entry(entry.impl, entry.build, case, inputs=(0, 1, 2))
-        for entry in entries
-    ]
-    for number, page_size in enumerate(PAGE_SIZES):
-        changes = {"set": f"paged {case.set}", "op": "paged_decode"}
-        paged = _variant(case, feature=f"pages of {page_size}", **changes)
-        taken = (0, 1, 2, 3, 4 + number)
-        given = [inputs[i] for i in taken]
-        build = jax_build(_paged(page_size), given, case.seconds, op="decode")
-        entries.append(Entry(OURS, build, paged, paged.feature, inputs=taken))
-        for build in _bench_peers.fa3_kv_cache(paged, given, page_size=page_size, op="decode"):
-            name = f"flash_attn3_jax {page_size}"
-            entries.append(
-                Entry("flash_attn3_jax", build, paged, name, paged.feature, inputs=taken)
-            )
+    entries = [entry if entry.inputs else replace(entry, inputs=(0, 1, 2)) for entry in entries]
+    ours = _paged_entries(_paged_decode(case), inputs, "decode")
+    for page_size, entry in zip(PAGE_SIZES, ours, strict=True):
+        entries.append(entry)
+        given = [inputs[i] for i in entry.inputs or ()]
+        for build in _bench_peers.fa3_kv_cache(entry.cell, given, page_size=page_size, op="decode"):
+            peer = replace(entry, impl="flash_attn3_jax", build=build, base=entry.key)
+            entries.append(replace(peer, name=f"flash_attn3_jax {page_size}"))
     return Group(case, shapes, entries, arrays)
 
 
 def cold_group(case: Cell) -> Group:
     """The same dense decode with keys that the L2 doesn't hold: calls take turns over copies."""
     copies = max(2, -(-COLD_BYTES // (case.moved or 1)))
-    case = _variant(case, set=f"{case.set}, cold L2", feature="cold L2")
+    case = replace(case, set=f"{case.set}, cold L2", feature="cold L2")
     q, k, v = case.shapes()
     shapes = [q, *[k, v] * copies]
     functions = _bench_peers.take_turns(attention, copies)
@@ -150,18 +167,13 @@ def prefill_group(chunk: int, prefix: int) -> Group:
     dense = partial(attention, is_causal=True, query_offset="end")
     build = jax_build(dense, case.shapes(), case.seconds, op="prefill")
     entries = [Entry(OURS, build, case, inputs=(0, 1, 2))]
-    for number, page_size in enumerate(PAGE_SIZES):
-        paged = _variant(case, feature=f"pages of {page_size}")
-        taken = (0, 1, 2, 3, 4 + number)
-        given = [inputs[i] for i in taken]
-        build = jax_build(_paged(page_size), given, case.seconds, op="prefill")
-        entries.append(Entry(OURS, build, paged, paged.feature, inputs=taken))
+    entries += _paged_entries(case, inputs, "prefill")
     return Group(case, case.shapes(), entries, arrays)
 
 
 def fp8_group(case: Cell) -> Group:
     """Decoding from 8-bit keys and values, beside the same in bfloat16: tokens per second."""
-    eight = _variant(case, dtype="float8_e4m3fn", moved=(case.moved or 0) // 2)
+    eight = replace(case, dtype="float8_e4m3fn", moved=(case.moved or 0) // 2)
     arrays = _pages(case)
     q, k, v = case.shapes()
     shapes = [q, k, v, *eight.shapes()[1:]]
@@ -170,17 +182,12 @@ def fp8_group(case: Cell) -> Group:
     entries = [Entry(OURS, build, case, "bfloat16", inputs=(0, 1, 2))]
     build = jax_build(attention, [q, *shapes[3:]], eight.seconds, op="decode")
     entries.append(Entry(OURS, build, eight, eight.dtype, "bfloat16", inputs=(0, 3, 4)))
-    for number, page_size in enumerate(PAGE_SIZES):
-        feature = f"pages of {page_size}"
-        for kind, dense in ((case, (0, 1, 2)), (eight, (0, 3, 4))):
-            changes = {"set": f"paged {case.set}", "op": "paged_decode"}
-            paged = _variant(kind, feature=feature, **changes)
-            taken = (*dense, 5, 6 + number)
-            given = [inputs[i] for i in taken]
-            build = jax_build(_paged(page_size), given, kind.seconds, op="decode")
-            base = "bfloat16" if kind is case else f"bfloat16, {feature}"
-            name = f"{kind.dtype}, {feature}"
-            entries.append(Entry(OURS, build, paged, name, base, inputs=taken))
+    wide = _paged_entries(_paged_decode(case), inputs, "decode")
+    narrow = _paged_entries(_paged_decode(eight), inputs, "decode", (0, 3, 4))
+    for pair in zip(wide, narrow, strict=True):
+        feature = pair[0].cell.feature
+        for entry, base in zip(pair, ("bfloat16", f"bfloat16, {feature}"), strict=True):
+            entries.append(replace(entry, name=f"{entry.cell.dtype}, {feature}", base=base))
     return Group(case, shapes, entries, arrays)
 
 

@@ -5,6 +5,7 @@ sequences grow, and sequences with a common prefix name the same pages.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -268,7 +269,7 @@ class PagedKVCache:
         pool, x = jnp.asarray(pool), jnp.asarray(x)
         if _fp8.is_fp8(pool):
             # As bytes: XLA would scatter 8-bit floats as float16, and convert the pool twice.
-            as_bytes = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8)  # noqa: E731 (two uses)
+            as_bytes = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint8)
             x = as_bytes(_fp8.quantize(x, pool.dtype, scale))
             written = self._scatter(as_bytes(pool), page, token, x)
             return jax.lax.bitcast_convert_type(written, pool.dtype)

@@ -87,7 +87,7 @@ def _run(tool: str, case: str, family: str, work: pathlib.Path, longest_seconds:
 def _compiled(work: pathlib.Path) -> list[str]:
     """Names of the kernels that the runs used."""
     files = (work / "cache").glob("*.jfa")
-    return sorted({re.search(rb"jfa_\w+", x.read_bytes()).group().decode() for x in files})  # type: ignore
+    return sorted({re.findall(rb"jfa_\w+", x.read_bytes())[0].decode() for x in files})
 
 
 def main() -> None:

@@ -11,19 +11,7 @@ import json
 import pathlib
 from typing import Any
 
-OURS = "jax_flashattn"
-CELL = (
-    "head_dim",
-    "heads",
-    "kv_heads",
-    "batch",
-    "seq_q",
-    "seq_kv",
-    "causal",
-    "dtype",
-    "feature",
-)
-Row = dict[str, Any]
+from jax_flashattn._bench_report import CELL, Row, is_ours
 
 
 def rate(row: Row) -> str:
@@ -58,7 +46,7 @@ def table(rows: list[Row], set: str, op: str) -> list[str]:
             cell = cells.setdefault(tuple(row[x] for x in CELL), {})
             cell.setdefault(row["impl"], row)  # of several runs the first
     impls = list(dict.fromkeys(impl for cell in cells.values() for impl in cell))
-    own = [impl for impl in impls if impl.startswith(OURS)]
+    own = [impl for impl in impls if is_ours(impl)]
     peers = [impl for impl in impls if impl not in own]
     heads = ["head dim, heads, case", *own, *(peers or ["over"])]
     lines = [" | ".join([*heads, "over the best"]) if peers else " | ".join(heads)]

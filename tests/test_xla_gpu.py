@@ -15,8 +15,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn import attention, paged_attention
 from shards import collectives, compiled, gradients
+from test_fp8_cache import make_cache
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin of jaxlib's version")
 
@@ -128,19 +129,7 @@ def test_fewer_key_heads_than_devices(mesh):
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_a_float8_pool_is_not_copied(layout, devices):
     """It is written in place as bytes, and read where it lies."""
-    cache = jax.eval_shape(
-        lambda: PagedKVCache.create(
-            batch=3,
-            max_pages=4,
-            num_pages=13,
-            page_size=8,
-            num_kv_heads=2,
-            head_dim=16,
-            dtype=jnp.float8_e4m3fn,
-            layout=layout,
-            k_scale=0.5,
-        )
-    )
+    cache = jax.eval_shape(lambda: make_cache(layout, k_scale=0.5))
     one = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), P())
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
     q, k = (jax.ShapeDtypeStruct((3, 1, heads, 16), jnp.bfloat16, sharding=one) for heads in (4, 2))
