@@ -49,7 +49,7 @@ struct BwdSm90Tile {
   int block_m, block_n, stages;
 };
 
-// `size` is the tile class of both head dims, 64 or 128.
+// `size` is the larger tile class.
 BwdSm90Tile PickBwdSm90Tile(int size);
 
 // Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
