@@ -50,6 +50,8 @@ struct BwdSm90 {
   using Scores = typename Tiles::template Scores<kM>;
   using Fragments = typename Tiles::template Fragments<kM>;
   using DqPart = float[1][kDqColumns / 8][4];
+  // Where there are registers for the scores of a step beside the gradients of another.
+  static constexpr bool kAhead = C::kDqSums && C::kHeadDim <= 64 && !C::kSoftcap && !C::kSegments;
 
   // d += A B, started: A is P^T or dS^T, B dO or Q.
   template <int kColumns>
@@ -85,6 +87,264 @@ struct BwdSm90 {
     Pin(d);
   }
 
+  using Dk = float[1][C::kHeadDim / 8][4];
+  using Dv = float[1][C::kHeadDimV / 8][4];
+
+  // S = K Q^T and dP = V dO^T of a step, started when its tiles are there.
+  static JFA_DEVICE void StartScores(Scores& s, Scores& dp, uint32 smem,
+                                     const ProblemParams& problem, const Sequence& sequence,
+                                     const typename Tiles::Step& step,
+                                     const typename Tiles::Ring& ring, int group) {
+    const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
+    const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
+    const uint32 keys = smem + group * kGroupKeys * kRowBytes;
+    const int row0 = step.block * kM;
+    MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
+    if (row0 + kM > sequence.q_len && sequence.q_begin + sequence.q_len != problem.q_len) {
+      // Every warpgroup for itself: writing a zero twice does no harm.
+      MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
+      Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
+      Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
+      FenceProxyAsync();
+      NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
+    }
+    Tiles::template ScoreGemm<kM, kPanels, kPanelBytesN, kPanelBytesM>(s, keys + Tiles::kSmemK, q);
+    MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
+    Tiles::template ScoreGemm<kM, kPanelsV, kPanelBytesN, kPanelBytesM>(dp, keys + Tiles::kSmemV,
+                                                                        dout);
+  }
+
+  static JFA_DEVICE uint32 StatsOf(uint32 smem, int stage) {
+    return smem + Tiles::kSmemStats + stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
+  }
+
+  static JFA_DEVICE void WalkSteps(const BwdParams& params, uint32 smem,
+                                   const typename Tiles::Work& work,
+                                   const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
+                                   const typename Tiles::Walk& walk, int group, Dk& dk, Dv& dv) {
+    // Or P waits for dP: a cap leaves a factor of dS behind, for which there are no registers.
+    constexpr bool kEarlyDv = !C::kSoftcap;
+    const ProblemParams& problem = params.problem;
+    const Sequence& sequence = work.sequence;
+    const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
+    typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
+    typename Tiles::Step step{work.head_begin, walk.First()};
+    typename Tiles::Ring ring;
+    uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
+    float dslope = 0.f;
+#pragma unroll 1
+    while (step.head < work.head_end) {
+      const int row0 = step.block * kM;
+      const typename Tiles::Step next = step.Next(walk);
+      const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
+      const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
+      const uint32 stats =
+          smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
+
+      Scores s, dp;
+      StartScores(s, dp, smem, problem, sequence, step, ring, group);
+
+      const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
+      const auto dlogit = [&](int n, int e, float delta, float slope) {
+        const float x = s[0][n][e] * (dp[0][n][e] - delta);
+        if constexpr (C::kDslopes) {
+          dslope -= x * fabsf(logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8));
+        }
+        return x * slope;
+      };
+      if constexpr (kEarlyDv) {
+        WgmmaWait<1>();
+      } else {
+        WgmmaWait<0>();
+        Pin(dp);
+      }
+      Pin(s);
+      Tiles::template Hide<kM>(s, mask, ids, walk, step, first_key, row0);
+      Fragments p, ds;
+#pragma unroll
+      for (int n = 0; n < kM / 8; ++n) {
+        const float2 lse = LoadSharedFloat2(stats + n * 32);
+        [[maybe_unused]] float2 delta;
+        if constexpr (!kEarlyDv) delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
+          const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
+          s[0][n][e] = weight.p;
+          if constexpr (!kEarlyDv) {
+            dp[0][n][e] = dlogit(n, e, e % 2 ? delta.y : delta.x, weight.slope);
+          }
+        }
+        if (n % 2 == 1) {
+          PackBlock<C::kBf16>(p[n / 2], s[0][n - 1], s[0][n]);
+          if constexpr (!kEarlyDv) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
+        }
+      }
+      GradientGemm<C::kHeadDimV>(dv, p, dout);
+
+      if constexpr (kEarlyDv) {
+        WgmmaWait<1>();
+        Pin(dp);
+#pragma unroll
+        for (int n = 0; n < kM / 8; ++n) {
+          const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dp[0][n][e] = dlogit(n, e, e % 2 ? delta.y : delta.x, 1.f);
+          }
+          if (n % 2 == 1) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
+        }
+      }
+      if constexpr (C::kDqSums) {
+        Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
+        FenceProxyAsync();
+        NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
+        DqPart dq;
+        DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+        GradientGemm<C::kHeadDim>(dk, ds, q);
+        WgmmaWait<1>();
+        Pin(dv);
+        Pin(dq);
+        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
+        const BwdScratch scratch =
+            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
+        Tiles::template AddDq<kDqColumns>(scratch.dq, dq, row0, sequence.q_len, group * kDqColumns);
+        const uint32 swap = smem_ds;
+        smem_ds = other_ds;
+        other_ds = swap;
+      } else {
+        GradientGemm<C::kHeadDim>(dk, ds, q);
+        WgmmaWait<1>();
+        Pin(dv);
+        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
+      }
+      WgmmaWait<0>();
+      Pin(dk);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
+      ring.Advance();
+      if (C::kAlibi && next.head != step.head) {
+        if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, step.head, dslope);
+        dslope = 0.f;
+        if (next.head < work.head_end) logits.SetHead(problem, batch, next.head);
+      }
+      step = next;
+    }
+  }
+
+  // The same, but a step's scores start before the products of the step before, which then run
+  // under its softmax.
+  static JFA_DEVICE void WalkAhead(const BwdParams& params, uint32 smem,
+                                   const typename Tiles::Work& work,
+                                   const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
+                                   const typename Tiles::Walk& walk, int group, Dk& dk, Dv& dv) {
+    const ProblemParams& problem = params.problem;
+    const Sequence& sequence = work.sequence;
+    const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
+    typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
+    typename Tiles::Step step{work.head_begin, walk.First()};
+    typename Tiles::Ring ring;
+    uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
+    float dslope = 0.f;
+    Scores s, dp;
+    Fragments p, ds;
+
+    // Scores to P, and dP to dS.
+    const auto weigh = [&] {
+      const int row0 = step.block * kM;
+      const uint32 stats = StatsOf(smem, ring.stage);
+      Tiles::template Hide<kM>(s, mask, ids, walk, step, first_key, row0);
+      const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
+#pragma unroll
+      for (int n = 0; n < kM / 8; ++n) {
+        const float2 lse = LoadSharedFloat2(stats + n * 32);
+        const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
+          const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
+          const float dlogit = weight.p * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
+          if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);
+          s[0][n][e] = weight.p;
+          dp[0][n][e] = dlogit * weight.slope;
+        }
+      }
+    };
+    const auto pack = [&] {
+#pragma unroll
+      for (int n = 0; n < kM / 8; n += 2) {
+        PackBlock<C::kBf16>(p[n / 2], s[0][n], s[0][n + 1]);
+        PackBlock<C::kBf16>(ds[n / 2], dp[0][n], dp[0][n + 1]);
+      }
+      Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
+      FenceProxyAsync();
+    };
+    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart& dq) {
+      NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
+      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + of.stage * Tiles::kBytesDo);
+      DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+      GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + of.stage * Tiles::kBytesQ);
+    };
+    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart& dq) {
+      const BwdScratch scratch =
+          BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head);
+      Tiles::template AddDq<kDqColumns>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                        group * kDqColumns);
+    };
+
+    StartScores(s, dp, smem, problem, sequence, step, ring, group);
+    WgmmaWait<0>();
+    Pin(s);
+    Pin(dp);
+    weigh();
+    pack();
+    typename Tiles::Step before = step;
+    typename Tiles::Ring ring_before = ring;
+    step = step.Next(walk);
+    ring.Advance();
+#pragma unroll 1
+    while (step.head < work.head_end) {
+      StartScores(s, dp, smem, problem, sequence, step, ring, group);
+      DqPart dq;
+      start_gradients(ring_before, dq);
+      if (C::kAlibi && step.head != before.head) {
+        if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
+        dslope = 0.f;
+        logits.SetHead(problem, batch, step.head);
+      }
+      WgmmaWait<3>();
+      Pin(s);
+      Pin(dp);
+      weigh();
+      Pin(s);
+      Pin(dp);
+      WgmmaWait<1>();
+      Pin(dv);
+      Pin(dq);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring_before.stage));
+      add_dq(before, dq);
+      WgmmaWait<0>();
+      Pin(dk);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring_before.stage));
+      const uint32 swap = smem_ds;
+      smem_ds = other_ds;
+      other_ds = swap;
+      pack();
+      before = step;
+      ring_before = ring;
+      step = step.Next(walk);
+      ring.Advance();
+    }
+    DqPart dq;
+    start_gradients(ring_before, dq);
+    if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
+    WgmmaWait<1>();
+    Pin(dv);
+    Pin(dq);
+    add_dq(before, dq);
+    WgmmaWait<0>();
+    Pin(dk);
+  }
+
   static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
                                  const typename Tiles::Work& work, const typename Tiles::Mask& mask,
                                  const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
@@ -92,9 +352,8 @@ struct BwdSm90 {
     const ProblemParams& problem = params.problem;
     const Sequence& sequence = work.sequence;
     const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
-    // Or P waits for dP: a cap leaves a factor of dS behind, for which there are no registers.
-    constexpr bool kEarlyDv = !C::kSoftcap;
-    float dk[1][C::kHeadDim / 8][4], dv[1][C::kHeadDimV / 8][4];
+    Dk dk;
+    Dv dv;
     Clear(dk);
     Clear(dv);
     Pin(dk);
@@ -110,124 +369,10 @@ struct BwdSm90 {
         FenceProxyAsync();
         NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
-      const uint32 smem_k = smem + Tiles::kSmemK + group * kGroupKeys * kRowBytes,
-                   smem_v = smem + Tiles::kSmemV + group * kGroupKeys * kRowBytes;
-      const bool rows_end_early = sequence.q_begin + sequence.q_len != problem.q_len;
-
-      typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
-      typename Tiles::Step step{work.head_begin, walk.First()};
-      typename Tiles::Ring ring;
-      uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
-      float dslope = 0.f;
-#pragma unroll 1
-      while (step.head < work.head_end) {
-        const int row0 = step.block * kM;
-        const typename Tiles::Step next = step.Next(walk);
-        const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
-        const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
-        const uint32 stats =
-            smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
-
-        MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
-        if (rows_end_early && row0 + kM > sequence.q_len) {
-          // Every warpgroup for itself: writing a zero twice does no harm.
-          MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-          Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
-          Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
-          FenceProxyAsync();
-          NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
-        }
-        Scores s, dp;
-        Tiles::template ScoreGemm<kM, kPanels, kPanelBytesN, kPanelBytesM>(s, smem_k, q);
-        MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-        Tiles::template ScoreGemm<kM, kPanelsV, kPanelBytesN, kPanelBytesM>(dp, smem_v, dout);
-
-        const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
-        const auto dlogit = [&](int n, int e, float delta, float slope) {
-          const float x = s[0][n][e] * (dp[0][n][e] - delta);
-          if constexpr (C::kDslopes) {
-            dslope -= x * fabsf(logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8));
-          }
-          return x * slope;
-        };
-        if constexpr (kEarlyDv) {
-          WgmmaWait<1>();
-        } else {
-          WgmmaWait<0>();
-          Pin(dp);
-        }
-        Pin(s);
-        Tiles::template Hide<kM>(s, mask, ids, walk, step, first_key, row0);
-        Fragments p, ds;
-#pragma unroll
-        for (int n = 0; n < kM / 8; ++n) {
-          const float2 lse = LoadSharedFloat2(stats + n * 32);
-          [[maybe_unused]] float2 delta;
-          if constexpr (!kEarlyDv) delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float distance =
-                logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
-            const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
-            s[0][n][e] = weight.p;
-            if constexpr (!kEarlyDv) {
-              dp[0][n][e] = dlogit(n, e, e % 2 ? delta.y : delta.x, weight.slope);
-            }
-          }
-          if (n % 2 == 1) {
-            PackBlock<C::kBf16>(p[n / 2], s[0][n - 1], s[0][n]);
-            if constexpr (!kEarlyDv) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
-          }
-        }
-        GradientGemm<C::kHeadDimV>(dv, p, dout);
-
-        if constexpr (kEarlyDv) {
-          WgmmaWait<1>();
-          Pin(dp);
-#pragma unroll
-          for (int n = 0; n < kM / 8; ++n) {
-            const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              dp[0][n][e] = dlogit(n, e, e % 2 ? delta.y : delta.x, 1.f);
-            }
-            if (n % 2 == 1) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
-          }
-        }
-        if constexpr (C::kDqSums) {
-          Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
-          FenceProxyAsync();
-          NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-          DqPart dq;
-          DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
-          GradientGemm<C::kHeadDim>(dk, ds, q);
-          WgmmaWait<1>();
-          Pin(dv);
-          Pin(dq);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-          const BwdScratch scratch =
-              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-          Tiles::template AddDq<kDqColumns>(scratch.dq, dq, row0, sequence.q_len,
-                                            group * kDqColumns);
-          const uint32 swap = smem_ds;
-          smem_ds = other_ds;
-          other_ds = swap;
-        } else {
-          GradientGemm<C::kHeadDim>(dk, ds, q);
-          WgmmaWait<1>();
-          Pin(dv);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-        }
-        WgmmaWait<0>();
-        Pin(dk);
-        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
-        ring.Advance();
-        if (C::kAlibi && next.head != step.head) {
-          if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, step.head, dslope);
-          dslope = 0.f;
-          if (next.head < work.head_end) logits.SetHead(problem, batch, next.head);
-        }
-        step = next;
+      if constexpr (kAhead) {
+        WalkAhead(params, smem, work, mask, ids, walk, group, dk, dv);
+      } else {
+        WalkSteps(params, smem, work, mask, ids, walk, group, dk, dv);
       }
     }
 
