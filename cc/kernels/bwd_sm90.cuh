@@ -10,18 +10,16 @@
 //   64 keys,           |           |                                           memory)
 //   warpgroup 2        +-----------+
 //
-// Roles       Warpgroup 0 gives its registers away; its first warp produces: it copies K and V
-// once,
-//             then Q, dO and the rows' statistics step by step. Each other warpgroup consumes: it
-//             owns 64 keys, whose P^T and dS^T stay in registers for dV and dK.
+// Roles       Warpgroup 0 gives its registers away; its first warp produces: it copies K, V, then
+//             Q, dO and the rows' statistics step by step. Each other warpgroup consumes: it owns
+//             64 keys, whose P^T and dS^T stay in registers for dV and dK.
 // dQ          needs all keys: dS^T goes through shared memory, and each warpgroup then makes half
-// of
-//             the product's columns and adds them up in global memory.
-// Overlap     P is computed under dP = V dO^T, dS under dV, the adds of dQ under dK. The other
-//             warpgroup's products fill what is left.
+//             of the product's columns and adds them up in global memory.
+// Overlap     P is computed under dP = V dO^T, dS under dV, the adds of dQ under dK; with kAhead
+//             all under the products of the step before. The other warpgroup's fill the rest.
 // Barriers    full and empty mbarriers of each buffer; one named barrier a step, when dS^T is
-// there.
-//             Two buffers of dS^T: who passes the barrier of a step has read that of the last one.
+//             there. Two buffers of dS^T: who passes the barrier of a step has read that of the
+//             last one.
 // Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); dS^T
 //             2 * kBlockN * kBlockM; times 2 bytes; LSE and delta kStages * kBlockM * 8 bytes.
 // Registers   dK and dV kHeadDim / 2 + kHeadDimV / 2, S and dP kBlockM, of 240.
