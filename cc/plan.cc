@@ -121,30 +121,35 @@ KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchI
           fields, tile.warps * 32, smem};
 }
 
-// The tile class of both head dims for the Hopper backward; 0: it doesn't take them. It wants rows
-// of 16 bytes; at head dim 32 half of each product would be padding.
-int BwdSm90Class(const Variant& variant) {
+// The tile classes of the Hopper backward; of 0 if it doesn't take the variant. It wants rows of 16
+// bytes; at head dim 32 half of each product would be padding. To 128 both head dims are alike.
+TileClasses BwdSm90Classes(const Variant& variant) {
   const int size = TileClass(std::max(variant.head_dim, variant.head_dim_v));
-  if (variant.op != Op::kBwd || size > 128 || variant.head_dim % 8 != 0 ||
-      variant.head_dim_v % 8 != 0 || variant.family == Family::kSm80 ||
-      (size == 32 && variant.family != Family::kSm90)) {
-    return 0;
+  if (variant.op != Op::kBwd || variant.head_dim % 8 != 0 || variant.head_dim_v % 8 != 0 ||
+      variant.family == Family::kSm80 || (size == 32 && variant.family != Family::kSm90)) {
+    return {0, 0};
   }
-  return size <= 64 ? 64 : 128;
+  if (size <= 64) return {64, 64};
+  if (size <= 128) return {128, 128};
+  const auto panels = [](int dim) { return (dim + 63) / 64 * 64; };
+  return {panels(variant.head_dim), panels(variant.head_dim_v)};
 }
 
 KernelSpec MakeBwdSm90(const Variant& variant, const Common& common) {
-  const BwdSm90Tile tile = PickBwdSm90Tile(common.head_dim);
-  const int warps = 4 * (tile.block_n / 64 + 1);
-  // K, V, Q and dO; two buffers of dS; the rows' statistics; barriers.
-  const int smem = 4 * common.head_dim * (tile.block_n + tile.stages * tile.block_m) +
-                   4 * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
-                   8 * (1 + 4 * tile.stages);
+  const int size = std::max(common.head_dim, common.head_dim_v);
+  const bool wide = size > 128;
+  const BwdSm90Tile tile = PickBwdSm90Tile(size);
+  const int warps = 12, exchanged = wide ? 4 : 2;  // panels of P and dS
+  // K, V, Q and dO; what warpgroups exchange; the rows' statistics; barriers.
+  const int smem =
+      2 * (common.head_dim + common.head_dim_v) * (tile.block_n + tile.stages * tile.block_m) +
+      2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
+      8 * (1 + 4 * tile.stages);
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kDqSums", !variant.deterministic);
   AddBool(&fields, "kDslopes", variant.dslopes);
-  return {"bwd_sm90.cuh",
+  return {wide ? "bwd_wide_sm90.cuh" : "bwd_sm90.cuh",
           (variant.deterministic ? "jfa_bwd_dkdv_sm90" : "jfa_bwd_sm90") + common.suffix +
               (variant.dslopes ? "_dslopes" : ""),
           fields,
@@ -201,6 +206,7 @@ constexpr Entry kEntries[] = {
     {"decode_combine.cuh", "DecodeCombine", "DecodeParams", false},
     {"bwd_sm80.cuh", "BwdSm80", "BwdParams", true},
     {"bwd_sm90.cuh", "BwdSm90", "BwdParams", true},
+    {"bwd_wide_sm90.cuh", "BwdWideSm90", "BwdParams", true},
     {"bwd_dq_sm80.cuh", "BwdDqSm80", "BwdParams", true},
     {"bwd_preprocess.cuh", "BwdPreprocess", "BwdParams", false},
     {"bwd_postprocess.cuh", "BwdPostprocess", "BwdParams", false},
@@ -239,9 +245,9 @@ Plan MakePlan(const Variant& variant, int arch) {
   if (plan.error.empty() && (variant.fp8 || variant.fp8_kv)) plan.error = CheckFp8(variant, arch);
   if (!plan.error.empty()) return plan;
 
-  const int bwd_sm90 = arch == 90 ? BwdSm90Class(variant) : 0;
-  const Common common = MakeCommon(
-      variant, info, bwd_sm90 > 0 ? TileClasses{bwd_sm90, bwd_sm90} : ClassesOf(variant));
+  const TileClasses sm90 = arch == 90 ? BwdSm90Classes(variant) : TileClasses{0, 0};
+  const bool bwd_sm90 = sm90.head_dim > 0;
+  const Common common = MakeCommon(variant, info, bwd_sm90 ? sm90 : ClassesOf(variant));
   if (variant.fp8) {
     plan.kernels = {MakeFwdFp8(variant, common.head_dim, common.head_dim_v, info.smem_kb * 1024,
                                common.l2_bytes)};
@@ -263,11 +269,10 @@ Plan MakePlan(const Variant& variant, int arch) {
     plan.kernels = {TakesFwdSm90(variant, common, arch) ? MakeFwdSm90(variant, common, info.smem_kb)
                                                         : MakeFwd(variant, common, info)};
   } else {
-    plan.kernels = {
-        MakePreprocess(variant, common),
-        bwd_sm90 > 0 ? MakeBwdSm90(variant, common) : MakeBwdMain(variant, common, info),
-        variant.deterministic ? MakeBwdDq(variant, common, info)
-                              : MakePostprocess(variant, common)};
+    plan.kernels = {MakePreprocess(variant, common),
+                    bwd_sm90 ? MakeBwdSm90(variant, common) : MakeBwdMain(variant, common, info),
+                    variant.deterministic ? MakeBwdDq(variant, common, info)
+                                          : MakePostprocess(variant, common)};
   }
   for (const KernelSpec& kernel : plan.kernels) {
     if (kernel.smem_bytes > info.smem_kb * 1024) {
@@ -302,7 +307,8 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   }
   if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
     block = Field(kernel, "kBlockM");
-  } else if (kernel.file == "bwd_sm80.cuh" || kernel.file == "bwd_sm90.cuh") {
+  } else if (kernel.file == "bwd_sm80.cuh" || kernel.file == "bwd_sm90.cuh" ||
+             kernel.file == "bwd_wide_sm90.cuh") {
     length = problem.kv_len;
     heads = kv_heads;
     block = Field(kernel, "kBlockN");
@@ -354,7 +360,7 @@ int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
 int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences) {
   if (variant.op == Op::kFwd) return 0;
   // For any architecture: the Hopper kernel rounds head dims up further.
-  const int head_dim = std::max(ClassesOf(variant).head_dim, BwdSm90Class(variant));
+  const int head_dim = std::max(ClassesOf(variant).head_dim, BwdSm90Classes(variant).head_dim);
   return group * ScratchRows(q_len, num_sequences) * (2 + (variant.deterministic ? 0 : head_dim));
 }
 

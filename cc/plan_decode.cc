@@ -18,7 +18,7 @@ KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem
                           bool parts) {
   const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant,
                                          tma, parts, smem_kb);
-  const int warps = (tile.rows <= 64 ? 4 : 8) + (tma ? 1 : 4);
+  const int warps = tile.warps + (tma ? 1 : 4);
   Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
   AddInt(&fields, "kRows", tile.rows);
@@ -41,10 +41,16 @@ int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int6
   return 4 + 2 * rows * (2 + head_dim_v);
 }
 
+// Of a tile that sees all keys.
+int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
+  return std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+}
+
 // In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
 // and a second kernel that merges are better.
-int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, int64_t blocks,
+int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
               int multiprocessors) {
+  const int64_t blocks = DecodeBlocks(kernel, problem);
   // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
   // of 14, 16 and 18, which no cluster crosses.
   const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,
@@ -58,17 +64,21 @@ int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles, i
     longest = part;
   }
   // Times in units of 50 ns, measured on an H100 (docs/performance.md). One CTA takes 9 for a
-  // block, but 1 for each copy it orders; all of them together read 8 blocks from L2 in 1; a second
+  // block, but 1 for each copy it orders; all of them together read 256 KB from L2 in 1; a second
   // kernel costs 52. Where parts are longer than kLongest memory is the limit, and a cluster's
   // CTAs, which can't run anywhere, have less of it.
-  constexpr int64_t kLongest = 32, kBlockTime = 9, kBlocksInTime = 8, kMergeTime = 52;
+  constexpr int64_t kLongest = 1024 * 1024, kBlockTime = 9, kBytesInTime = 256 * 1024;
+  constexpr int64_t kMergeTime = 52;
   const int64_t block_n = Field(kernel, "kBlockN");
   const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
   const int64_t columns = 128 / kernel.kv_bytes;  // of a box
   const int64_t copies = boxes * (CeilDiv(Field(kernel, "kHeadDim"), columns) +
                                   CeilDiv(Field(kernel, "kHeadDimV"), columns));
-  const bool is_short = longest <= kLongest && longest * std::max(kBlockTime, copies) <=
-                                                   kMergeTime + tiles * blocks / kBlocksInTime;
+  const int64_t bytes =
+      kernel.kv_bytes * block_n * (Field(kernel, "kHeadDim") + Field(kernel, "kHeadDimV"));
+  const bool is_short =
+      longest * bytes <= kLongest &&
+      longest * std::max(kBlockTime, copies) <= kMergeTime + tiles * blocks * bytes / kBytesInTime;
   return is_short ? best : -1;
 }
 
@@ -97,8 +107,7 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128.
   if (!tma || rows > kMostPartsRows) return {decode, second};
   const KernelSpec parts = MakeDecodeMain(variant, common, info.smem_kb, tma, true);
-  const auto same = [&](const char* field) { return Field(parts, field) == Field(decode, field); };
-  if (!same("kRows") || !same("kBlockN")) return {decode, second};  // they take the same tiles
+  if (Field(parts, "kRows") != rows) return {decode, second};  // they take the same tiles
   return {decode, second, parts};
 }
 
@@ -123,12 +132,12 @@ int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
 DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[kDecodeStretches];
   if (problem.q_len * problem.group == 0) return {};
-  // The same of both kernels.
+  // Both kernels take the same tiles.
   const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
-  const int64_t blocks = std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  const int64_t blocks = DecodeBlocks(kernel, problem);
   if (tiles > INT_MAX / blocks) return {};
   if (plan.kernels.size() > kDecodeParts && tiles <= INT_MAX >> kMostPartsLog2) {
-    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, blocks, multiprocessors);
+    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, multiprocessors);
     if (problem.forced_cluster >= 0) {
       log2 = -1;
       while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;

@@ -171,7 +171,10 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};
 }
 
-BwdSm90Tile PickBwdSm90Tile(int size) { return {64, 128, size <= 64 ? 3 : 2}; }
+BwdSm90Tile PickBwdSm90Tile(int size) {
+  if (size > 128) return {64, 64, 2};
+  return {64, 128, size <= 64 ? 3 : 2};
+}
 
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
                           bool tma, bool alone, int smem_kb) {
@@ -192,18 +195,20 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   // Each CTA pays 1 KB more to the system.
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
   for (;; tile_rows *= 2) {
-    const int warps = tile_rows <= 64 ? 4 : 8;
+    // What has a multiprocessor for itself needs more warps to keep up with L2.
+    const int warps = tile_rows > 64 || (alone && most_panels <= 2) ? 8 : 4;
     // Q, the buffer through which outputs are merged, the rows' sums, and a barrier of clusters.
     const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
     const int block_panels = tile_rows == 16 ? stage_panels : most_panels;
-    const int most_block = (block_panels == 1 ? 128 : 64) / (tile_rows >= 64 ? 2 : 1);
+    const int few_rows = block_panels == 1 || warps == 8 ? 128 : 64;
+    const int most_block = tile_rows >= 64 ? (block_panels == 1 ? 64 : 32) : few_rows;
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
       const int stage = 128 * stage_panels * block_n + 16;  // and its barriers
       const int stages = std::min(kMostStages, (room - fixed) / stage);
       if (stages >= kLeastStages || tile_rows >= 64) {
-        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks};
+        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks, warps};
       }
     }
   }

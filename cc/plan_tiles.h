@@ -49,13 +49,13 @@ struct BwdSm90Tile {
   int block_m, block_n, stages;
 };
 
-// `size` is the tile class of both head dims, 64 or 128.
+// `size` is the larger tile class.
 BwdSm90Tile PickBwdSm90Tile(int size);
 
 // Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
 // latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.
 struct DecodeTile {
-  int rows, block_n, stages, smem, min_blocks;
+  int rows, block_n, stages, smem, min_blocks, warps;  // warps: that consume
 };
 
 // `alone`: with all of a multiprocessor's shared memory.

@@ -261,7 +261,7 @@ def test_short_caches_are_shared_by_clusters(alike):
     assert share(8, 4096, alike=alike) == (128, 2)
     assert share(8, 4096, D=64, alike=alike) == (128, 2)
     assert share(16, 512, alike=alike) == (128, 1)
-    assert share(1, 200, K=1, alike=alike) == (4, 4)  # a block each
+    assert share(1, 400, K=1, alike=alike) == (4, 4)  # a block each
     assert share(1, 1000, K=1, T=2, G=16, alike=alike) == (8, 8)
     assert share(1, 1000, K=1, T=3, G=16, alike=alike)[1] == 0  # more rows
 

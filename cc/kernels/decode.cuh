@@ -7,8 +7,8 @@
 //   kRows    |  Q (shared)    |   x K^T  =   |16 keys|16 keys|16 keys|16 keys|  next block ...
 //            +----------------+
 //
-// Roles       Four warps consume (eight for 128 rows), with mma.sync: kRows / 16 of them side by
-//             side share out the queries, the others the keys of a block, each with an online
+// Roles       Four or eight warps consume, with mma.sync: kRows / 16 of them side by side share out
+// the queries, the others the keys of a block, each with an online
 //             softmax of its own. The rest produce: they keep a ring of kStages buffers full, a
 //             block of K, then one of V, across tiles. With kTma it is one warp that orders copies
 //             by the tensor copy engine, else four that use cp.async.
@@ -38,10 +38,10 @@ namespace jfa {
 template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  static constexpr int kConsumerWarps = C::kRows <= 64 ? 4 : 8;
+  static constexpr int kProducerWarps = C::kTma ? 1 : 4;
+  static constexpr int kConsumerWarps = C::kWarps - kProducerWarps;
   static constexpr int kConsumers = kConsumerWarps * kWarpSize;
   static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
-  static constexpr int kProducerWarps = C::kTma ? 1 : 4;
   static constexpr int kKeyBlocks = C::kBlockN / 16 / kKeyWarps;  // of a warp, 16 keys each
   static constexpr int kDimBlocks = C::kHeadDim / 16, kOutBlocks = C::kHeadDimV / 16;
 
@@ -69,7 +69,6 @@ struct Decode {
                 "the warps share out the rows");
   static_assert(kKeyBlocks >= 1 && C::kBlockN % (16 * kKeyWarps) == 0,
                 "each warp has whole blocks");
-  static_assert(C::kWarps == kConsumerWarps + kProducerWarps, "consumers come first");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Cluster = DecodeCluster<C::kRows, C::kHeadDimV, kConsumers>;
