@@ -24,6 +24,7 @@ KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem
   AddInt(&fields, "kRows", tile.rows);
   AddBool(&fields, "kTma", tma);
   AddBool(&fields, "kParts", parts);
+  AddBool(&fields, "kWgmma", tile.wgmma);
   AddKeyDtypes(&fields, variant);
   KernelSpec kernel = {"decode.cuh",
                        (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + "_r" +

@@ -203,12 +203,17 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
     // With as many rows and columns there are no registers for the scores of more keys.
     const int block_panels = tile_rows == 16 ? stage_panels : most_panels;
     const int few_rows = block_panels == 1 || warps == 8 ? 128 : 64;
-    const int most_block = tile_rows >= 64 ? (block_panels == 1 ? 64 : 32) : few_rows;
+    const bool wgmma = tma && !variant.fp8_kv && tile_rows >= 64;
+    const int most_block = wgmma             ? (most_panels == 1   ? 128
+                                                : most_panels == 2 ? 64
+                                                                   : 32)
+                           : tile_rows >= 64 ? (block_panels == 1 ? 64 : 32)
+                                             : few_rows;
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
       const int stage = 128 * stage_panels * block_n + 16;  // and its barriers
       const int stages = std::min(kMostStages, (room - fixed) / stage);
       if (stages >= kLeastStages || tile_rows >= 64) {
-        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks, warps};
+        return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks, warps, wgmma};
       }
     }
   }

@@ -56,6 +56,7 @@ BwdSm90Tile PickBwdSm90Tile(int size);
 // latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.
 struct DecodeTile {
   int rows, block_n, stages, smem, min_blocks, warps;  // warps: that consume
+  bool wgmma;                                          // they form warpgroups
 };
 
 // `alone`: with all of a multiprocessor's shared memory.

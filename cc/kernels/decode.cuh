@@ -7,9 +7,10 @@
 //   kRows    |  Q (shared)    |   x K^T  =   |16 keys|16 keys|16 keys|16 keys|  next block ...
 //            +----------------+
 //
-// Roles       Four or eight warps consume, with mma.sync: kRows / 16 of them side by side share out
-// the queries, the others the keys of a block, each with an online
-//             softmax of its own. The rest produce: they keep a ring of kStages buffers full, a
+// Roles       Four or eight warps consume: kRows / 16 of them side by side share out the queries,
+//             the others the keys of a block, each with an online softmax of its own. Products are
+//             of mma.sync; with kWgmma, where warpgroups have 64 rows each and all keys, of wgmma,
+//             or every warp would read all keys from shared memory for its 16 rows. The rest produce: they keep a ring of kStages buffers full, a
 //             block of K, then one of V, across tiles. With kTma it is one warp that orders copies
 //             by the tensor copy engine, else four that use cp.async.
 // Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; with kParts the
@@ -28,6 +29,7 @@
 #include "decode_cluster.cuh"
 #include "decode_copies.cuh"
 #include "decode_share.cuh"
+#include "decode_wgmma.cuh"
 #include "fragments_fp8.cuh"
 #include "logits.cuh"
 #include "ptx_sm90.cuh"
@@ -73,6 +75,8 @@ struct Decode {
 
   using Cluster = DecodeCluster<C::kRows, C::kHeadDimV, kConsumers>;
   static_assert(!C::kParts || C::kTma, "clusters came with the copy engine");
+  static_assert(!C::kWgmma || (C::kTma && !C::kFp8 && kRowWarps % 4 == 0 && kKeyWarps == 1),
+                "a warpgroup has 64 rows and all keys of a block");
   static_assert(!C::kParts || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
 
   using Walk = DecodeWalk<kMask, C::kBlockN, C::kParts>;
@@ -151,6 +155,10 @@ struct Decode {
   // s = Q K^T for the warp's rows and keys.
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k, int row_warp,
                                    int key_warp, int lane) {
+    if constexpr (C::kWgmma) {
+      DecodeWgmma<C, PanelQ, PanelN>::Scores(s, smem_q, smem_k, row_warp);
+      return;
+    }
     const Operand<PanelQ, Side::kA, false, kRowWarps> op_q(smem_q, row_warp, lane);
     const Operand<PanelN, Side::kB, false, kKeyWarps> op_k(smem_k, key_warp, lane);
     if constexpr (C::kFp8) {
@@ -183,6 +191,10 @@ struct Decode {
   // out += P V; the weights of a row add up in the softmax's sums.
   static JFA_DEVICE void OutputGemm(Output& out, const Scores& s, OnlineSoftmax<1>& softmax,
                                     uint32 smem_v, int key_warp, int lane) {
+    if constexpr (C::kWgmma) {
+      DecodeWgmma<C, PanelQ, PanelN>::Outputs(out, s, softmax, smem_v);
+      return;
+    }
     const Operand<PanelN, Side::kB, true, 1> op_v(smem_v + key_warp * 16 * PanelN::kPitch, 0, lane);
 #pragma unroll
     for (int k = 0; k < kKeyBlocks; ++k) {
@@ -355,7 +367,9 @@ struct Decode {
   static JFA_DEVICE void Consume(const DecodeParams& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
     const uint32 smem = SmemAddress(smem_pointer);
-    const int warp = ReadThreadIndex() / kWarpSize, lane = ReadLaneIndex();
+    // From one lane: descriptors must be known to be the same in all.
+    const int warp = __shfl_sync(kFullWarp, ReadThreadIndex() / kWarpSize, 0);
+    const int lane = ReadLaneIndex();
     const int row_warp = warp % kRowWarps, key_warp = warp / kRowWarps;
     Walk walk(params, blockIdx.x);
     Ring ring;
@@ -398,6 +412,7 @@ struct Decode {
       Output out;
       Clear(out);
       OnlineSoftmax<1> softmax(logits[0].Scale());
+      if constexpr (C::kWgmma) FenceProxyAsync();
       NamedBarrierSync(kConsumersDone, kConsumers);  // Q is there
       if constexpr (C::kFp8) {
         const float factor = PrepareRows(params.fwd, rows, smem + kSmemQ, row_warp, key_warp);
