@@ -6,7 +6,7 @@
 namespace jfa {
 namespace {
 
-constexpr int kCombineRows = 4;  // DecodeCombine: a warp each
+constexpr int kCombineWarps = 8;
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
@@ -97,12 +97,12 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   Fields combine;
   AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
   AddInt(&combine, "kRows", rows);
-  AddInt(&combine, "kWarps", kCombineRows);
+  AddInt(&combine, "kWarps", kCombineWarps);
   AddInt(&combine, "kMinBlocks", 1);
   KernelSpec second = {
       "decode_combine.cuh",
       std::string("jfa_decode_combine_") + Name(variant.dtype) + "_r" + std::to_string(rows),
-      combine, kCombineRows * 32, 0};
+      combine, kCombineWarps * 32, 0};
   // Hides what it takes to launch the second kernel.
   second.starts_early = arch >= 90;
   // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128.
@@ -122,15 +122,17 @@ Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int mul
   const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
   const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
-  return {static_cast<uint32_t>(std::max<int64_t>(share.ctas - 1, 0) * CeilDiv(rows, kCombineRows)),
-          1, 1};
+  const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
+  return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
 }
 
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
   return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
 }
 
-DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
+namespace {
+
+DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[kDecodeStretches];
   if (problem.q_len * problem.group == 0) return {};
   // Both kernels take the same tiles.
@@ -165,6 +167,21 @@ DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiproce
   // Equal parts of tiles need less merging. No more of them than make the longest one shorter.
   const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
   return {tiles * CeilDiv(blocks, longest)};
+}
+
+}  // namespace
+
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
+  DecodeShare share = ShareTiles(plan, problem, multiprocessors);
+  if (share.kernel != kDecodeStretches || share.ctas == 0) return share;
+  const int64_t tiles =
+      problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+  // A warp asks for eight parts at a time.
+  while (1 << share.merge_log2 < kCombineWarps &&
+         CeilDiv(share.ctas, tiles) > int64_t{8} << share.merge_log2) {
+    ++share.merge_log2;
+  }
+  return share;
 }
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {

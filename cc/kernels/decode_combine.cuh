@@ -1,8 +1,9 @@
 // Merges the partial results that the decode kernel left of tiles which several CTAs share.
 //
-// One CTA per boundary between two stretches (decode_share.cuh) and kWarps rows: it merges the tile
-// in which the boundary lies, if it is the first one in it; a warp has one row, a lane four columns
-// of its outputs at a time. The order of the parts is that of the CTAs: results repeat bit by bit.
+// Such a tile has a first boundary between two stretches (decode_share.cuh). Each row of each of
+// them is merged by 1 << merge_log2 warps, which take the parts in turns and then add up what they
+// have; a lane has four columns at a time. The order is that of the CTAs, then of the warps:
+// results repeat bit by bit.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_COMBINE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_COMBINE_CUH_
 
@@ -12,24 +13,84 @@ namespace jfa {
 
 template <class C>
 struct DecodeCombine {
+  // Values under a reference, and reference and sum of their weights.
+  struct Part {
+    float4 x;
+    float2 total;
+
+    JFA_DEVICE Part()
+        : x(make_float4(0, 0, 0, 0)), total(make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f)) {}
+    JFA_DEVICE void Add(float4 y, float2 stat) {
+      const float reference = fmaxf(total.x, stat.x);
+      const float old = Exp2(total.x - reference), weight = Exp2(stat.x - reference);
+      x.x = fmaf(weight, y.x, x.x * old);
+      x.y = fmaf(weight, y.y, x.y * old);
+      x.z = fmaf(weight, y.z, x.z * old);
+      x.w = fmaf(weight, y.w, x.w * old);
+      total = make_float2(reference, fmaf(weight, stat.y, total.y * old));
+    }
+  };
+
+  // The CTA whose stretch begins at the first boundary within tile number `index` of those that
+  // have one; num_ctas if there are fewer. By a whole warp.
+  static JFA_DEVICE int FindBoundary(const DecodeScratch& scratch, const DecodeParams& params,
+                                     int index) {
+    constexpr int kMostCtas = 384;  // kMostDecodeCtas of plan_decode.cc
+    constexpr int kSteps = kMostCtas / kWarpSize;
+    const int lane = ReadLaneIndex();
+    const DecodeScratch::Header header = *scratch.header;
+    int start[kSteps];
+    // All are asked for before one is looked at.
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int cta = i * kWarpSize + lane;
+      start[i] = -1;
+      if (cta < params.num_ctas && cta > 0) {
+        const DecodeScratch::Record tile = scratch.records[cta];
+        if (tile.batch >= 0) start[i] = tile.tile_start;
+      }
+    }
+    const Stretches stretches(header.total, header.num_ctas);
+    int found = header.num_ctas, seen = 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int cta = i * kWarpSize + lane;
+      const bool is_first =
+          start[i] >= 0 && cta < header.num_ctas && stretches.Begin(cta - 1) <= start[i];
+      const uint32 firsts = __ballot_sync(kFullWarp, is_first);
+      const bool is_it =
+          is_first && seen + __popc(firsts & ((1u << lane) - 1)) == index;
+      const uint32 it = __ballot_sync(kFullWarp, is_it);
+      if (it != 0) found = i * kWarpSize + __ffs(it) - 1;
+      seen += __popc(firsts);
+    }
+    return found;
+  }
+
   static JFA_DEVICE void Run(const DecodeParams& params) {
+    __shared__ Part parts[C::kWarps][kWarpSize];
     const ProblemParams& problem = params.fwd.problem;
     const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-    const int row_groups = CeilDiv(scratch.rows_stored, C::kWarps);
-    const int cta = 1 + blockIdx.x / row_groups;
-    const int row = blockIdx.x % row_groups * C::kWarps + threadIdx.x / kWarpSize;
-    const int lane = threadIdx.x % kWarpSize;
+    const int log2 = params.merge_log2, group_rows = C::kWarps >> log2;
+    const int row_groups = CeilDiv(scratch.rows_stored, group_rows);
+    const int index = blockIdx.x / row_groups;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int share = warp & ((1 << log2) - 1);
+    const int row = (blockIdx.x - index * row_groups) * group_rows + (warp >> log2);
     WaitForKernelBefore();
+    // Where there are fewer tiles than CTAs, there is a place in the grid for each of them only.
+    const int num_tiles = problem.batch * problem.num_kv_heads * params.row_tiles;
+    const int cta = num_tiles < params.num_ctas - 1 ? FindBoundary(scratch, params, index) : 1 + index;
     // Both are asked for before one is waited for; the record of a CTA that has none isn't used.
     const DecodeScratch::Header header = *scratch.header;
-    const DecodeScratch::Record tile = scratch.records[cta];
+    const DecodeScratch::Record tile = scratch.records[Min(cta, params.num_ctas - 1)];
     const Stretches stretches(header.total, header.num_ctas);
     if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
       return;
     }
     const int kv_head = tile.unit / params.row_tiles;
     const int first_row = (tile.unit - kv_head * params.row_tiles) * C::kRows;
-    if (row >= Min(C::kRows, params.rows - first_row)) return;
+    const bool has_row = row < Min(C::kRows, params.rows - first_row);
 
     const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
     const auto cta_of = [&](int part) { return cta - 1 + part; };
@@ -39,25 +100,33 @@ struct DecodeCombine {
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
     const int token = (first_row + row) / problem.group;
     const int head = kv_head * problem.group + (first_row + row) % problem.group;
-    for (int column = lane * 4; column < problem.head_dim_v; column += 4 * kWarpSize) {
-      float4 sum = make_float4(0, 0, 0, 0);
-      float2 total = make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f);  // reference, sum
-      // In one pass, as by an online softmax: all of several parts is asked for at once.
+    for (int column0 = 0; column0 < problem.head_dim_v; column0 += 4 * kWarpSize) {
+      const int column = column0 + 4 * lane;
+      const bool has_columns = has_row && column < problem.head_dim_v;
+      Part sum;
+      if (has_columns) {
+        // In one pass, as by an online softmax: all of several parts is asked for at once.
 #pragma unroll 8
-      for (int part = 0; part < num_parts; ++part) {
-        const float2 stat = scratch.RowsOf(cta_of(part), which(part))[row];
-        const float4 x =
-            *reinterpret_cast<const float4*>(scratch.OutOf(cta_of(part), which(part)) +
-                                             static_cast<int64>(row) * problem.head_dim_v + column);
-        const float reference = fmaxf(total.x, stat.x);
-        const float old = Exp2(total.x - reference), weight = Exp2(stat.x - reference);
-        sum.x = fmaf(weight, x.x, sum.x * old);
-        sum.y = fmaf(weight, x.y, sum.y * old);
-        sum.z = fmaf(weight, x.z, sum.z * old);
-        sum.w = fmaf(weight, x.w, sum.w * old);
-        total = make_float2(reference, fmaf(weight, stat.y, total.y * old));
+        for (int part = share; part < num_parts; part += 1 << log2) {
+          const float2 stat = scratch.RowsOf(cta_of(part), which(part))[row];
+          const float4 x = *reinterpret_cast<const float4*>(
+              scratch.OutOf(cta_of(part), which(part)) +
+              static_cast<int64>(row) * problem.head_dim_v + column);
+          sum.Add(x, stat);
+        }
       }
-      StoreResult<C::kBf16>(params.fwd, sequence, tile.batch, head, token, column, sum, total);
+      if (log2 > 0) {
+        __syncthreads();  // the last columns' have been read
+        parts[warp][lane] = sum;
+        __syncthreads();
+        for (int i = 1; share == 0 && i < 1 << log2; ++i) {
+          sum.Add(parts[warp + i][lane].x, parts[warp + i][lane].total);
+        }
+      }
+      if (has_columns && share == 0) {
+        StoreResult<C::kBf16>(params.fwd, sequence, tile.batch, head, token, column, sum.x,
+                              sum.total);
+      }
     }
   }
 };

@@ -88,6 +88,7 @@ struct DecodeParams {
   int parts_log2;  // Config::kParts: how many CTAs, a cluster, share one tile
   int rows;        // queries of one key head: q_len * group
   int row_tiles;   // tiles of kRows of them
+  int merge_log2;  // DecodeCombine: how many warps merge a row
   float* scratch;  // DecodeScratch in decode_share.cuh
 };
 
