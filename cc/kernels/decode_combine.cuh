@@ -27,9 +27,8 @@ struct DecodeCombine {
     if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
       return;
     }
-    const int kv_head = tile.unit / params.row_tiles;
-    const int first_row = (tile.unit - kv_head * params.row_tiles) * C::kRows;
-    if (row >= Min(C::kRows, params.rows - first_row)) return;
+    const DecodeRows<C::kRows, C::kTileHeads> rows(params, tile.batch, tile.unit);
+    if (!rows.Exists(problem, row)) return;
 
     const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
     const auto cta_of = [&](int part) { return cta - 1 + part; };
@@ -37,8 +36,7 @@ struct DecodeCombine {
       return part == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
     };
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
-    const int token = (first_row + row) / problem.group;
-    const int head = kv_head * problem.group + (first_row + row) % problem.group;
+    const int token = rows.TokenOf(problem, row), head = rows.HeadOf(problem, row);
     for (int column = lane * 4; column < problem.head_dim_v; column += 4 * kWarpSize) {
       float4 sum = make_float4(0, 0, 0, 0);
       float2 total = make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f);  // reference, sum
