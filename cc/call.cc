@@ -447,6 +447,7 @@ Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   variant->rows = attrs.rows;
   variant->keys = LengthOf(attrs.kv_len);
   variant->schedule = static_cast<Schedule>(attrs.schedule);
+  variant->heads_first = variant->fp8_kv && attrs.heads_first;
   return ForcedFamily(&variant->family);
 }
 

@@ -189,6 +189,17 @@ Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& k
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
   const int block_rows = kernel.box_rows_kv, bytes = kernel.kv_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
+  if (kernel.box_heads > 1) {  // all heads are one row
+    const int64_t heads = p.num_kv_heads;
+    JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
+        fwd.k,
+        {heads * p.head_dim, rows, 1, batch, *box_rows, bytes, kernel.box_heads * p.head_dim},
+        call.q, k));
+    return launch::EncodeTensorMap(
+        fwd.v,
+        {heads * p.head_dim_v, rows, 1, batch, *box_rows, bytes, kernel.box_heads * p.head_dim_v},
+        call.q, v);
+  }
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
   return launch::EncodeTensorMap(
@@ -257,6 +268,7 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
         " and " + std::to_string(call.scratch_floats) + " floats of scratch");
   }
   params.row_tiles = DecodeRowTiles(kernel, call.sizes);
+  params.rows *= DecodeTileHeads(kernel);
   if (kernel.box_rows_kv != 0) {
     JFA_RETURN_IF_ERROR(
         EncodeKeyMaps(call, params.fwd, kernel, &params.box_rows, &params.k, &params.v));

@@ -138,7 +138,8 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   // How much the L2 fetches at a time: no more than a row, what follows is of another head.
   constexpr int kPromotion64 = 1, kPromotion128 = 2, kPromotion256 = 3;
   const int width = spec.element_bytes;
-  const int64_t row_bytes = spec.columns * width;
+  const int64_t row_bytes =
+      (spec.fetched_columns > 0 ? spec.fetched_columns : spec.columns) * width;
   const int promotion = row_bytes >= 256   ? kPromotion256
                         : row_bytes >= 128 ? kPromotion128
                                            : kPromotion64;

@@ -61,7 +61,8 @@ Status Launch(const LoadedKernel& kernel, const LaunchShape& shape, driver::CuSt
 struct TensorMapSpec {
   int64_t columns, rows, heads, batch;
   int box_rows;
-  int element_bytes = 2;  // or 1
+  int element_bytes = 2;        // or 1
+  int64_t fetched_columns = 0;  // what the L2 may fetch at a time; 0: all of them
 };
 // On the CPU alone; fast, and no call of the driver that waits or allocates. `stand_in`: an address
 // that is used where the tensor has no elements, and never read.

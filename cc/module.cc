@@ -91,7 +91,7 @@ jfa::Variant ToVariant(const std::string& op, const std::string& dtype, int head
       {"paged", &variant.paged},       {"fp8", &variant.fp8},
       {"fp8_kv", &variant.fp8_kv},     {"two_level", &variant.two_level},
       {"e5m2_q", &variant.e5m2_q},     {"e5m2_k", &variant.e5m2_k},
-      {"e5m2_v", &variant.e5m2_v}};
+      {"e5m2_v", &variant.e5m2_v},     {"heads_first", &variant.heads_first}};
   for (const std::string& feature : features) {
     if (feature == "grid" || feature == "persistent") {
       variant.schedule = feature == "grid" ? jfa::Schedule::kGrid : jfa::Schedule::kPersistent;

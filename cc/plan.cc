@@ -218,7 +218,8 @@ bool operator==(const Variant& a, const Variant& b) {
   const auto fields = [](const Variant& v) {
     return std::tie(v.op, v.dtype, v.head_dim, v.head_dim_v, v.mask, v.softcap, v.alibi, v.segments,
                     v.packed, v.deterministic, v.dslopes, v.paged, v.rows, v.fp8, v.fp8_kv,
-                    v.e5m2_q, v.e5m2_k, v.e5m2_v, v.two_level, v.family, v.keys, v.schedule);
+                    v.heads_first, v.e5m2_q, v.e5m2_k, v.e5m2_v, v.two_level, v.family, v.keys,
+                    v.schedule);
   };
   return fields(a) == fields(b);
 }

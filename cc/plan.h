@@ -50,6 +50,8 @@ struct Variant {
   // or keys and values alone.
   bool fp8 = false;
   bool fp8_kv = false;
+  bool heads_first =
+      false;  // decode of them: a head's keys, not a key's heads, are beside each other
   bool e5m2_q = false, e5m2_k = false, e5m2_v = false;
   bool two_level = false;  // products with V are added in f32, block by block
   Family family = Family::kAny;
@@ -70,6 +72,7 @@ struct KernelSpec {
   // Rows of the boxes of its tensor maps, which its parameters begin with; 0: it takes none.
   int box_rows_q = 0;
   int box_rows_kv = 0;  // with pages at most: a box never spans two
+  int box_heads = 1;    // key heads whose rows a box has beside each other
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
   int q_bytes = 2, kv_bytes = 2;  // of an element of q, and of k and v
@@ -120,7 +123,9 @@ bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant)
 bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
                 int multiprocessors);
 
-// Tiles of a decode call's queries of one key head.
+// Key heads of a decode call's tile.
+int DecodeTileHeads(const KernelSpec& kernel);
+// Tiles of a decode call's queries of those.
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem);
 // Who visits the key blocks of a decode call.
 struct DecodeShare {

@@ -12,12 +12,21 @@ constexpr int64_t kMostDecodeCtas = 192 * 2;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
 constexpr int kMostPartsRows = 32;
 
+std::string RowsSuffix(int64_t rows, int64_t tile_heads) {
+  return (tile_heads > 1 ? "_pairs_r" : "_r") + std::to_string(rows);
+}
+
 // `parts`: the kernel whose clusters share tiles; it runs alone on a multiprocessor, where more
 // shared memory keeps more copies in flight.
-KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem_kb, bool tma,
+KernelSpec MakeDecodeMain(const Variant& variant, Common common, int smem_kb, bool tma,
                           bool parts) {
-  const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v, variant.rows, variant,
-                                         tma, parts, smem_kb);
+  // Two heads of 64 bytes that lie beside each other are read as one.
+  const bool pairs = tma && variant.fp8_kv && !variant.heads_first && variant.head_dim == 64 &&
+                     variant.head_dim_v == 64;
+  const int tile_heads = pairs ? 2 : 1;
+  if (pairs) common.head_dim = common.head_dim_v = 128;
+  const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v,
+                                         variant.rows * tile_heads, variant, tma, parts, smem_kb);
   const int warps = tile.warps + (tma ? 1 : 4);
   Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
@@ -25,20 +34,31 @@ KernelSpec MakeDecodeMain(const Variant& variant, const Common& common, int smem
   AddBool(&fields, "kTma", tma);
   AddBool(&fields, "kParts", parts);
   AddBool(&fields, "kWgmma", tile.wgmma);
+  AddInt(&fields, "kTileHeads", tile_heads);
   AddKeyDtypes(&fields, variant);
   KernelSpec kernel = {"decode.cuh",
-                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix + "_r" +
-                           std::to_string(tile.rows) + (parts ? "_parts" : ""),
+                       (tma ? "jfa_decode_sm90" : "jfa_decode_sm80") + common.suffix +
+                           RowsSuffix(tile.rows, tile_heads) + (parts ? "_parts" : ""),
                        fields, warps * 32, tile.smem};
   if (tma) kernel.box_rows_kv = tile.block_n;
   if (variant.fp8_kv) kernel.kv_bytes = 1;
+  kernel.box_heads = tile_heads;
   return kernel;
+}
+
+// Of a call: queries of a tile's key heads, and tiles in all.
+int64_t DecodeRows(const KernelSpec& kernel, const Problem& problem) {
+  return problem.q_len * problem.group * DecodeTileHeads(kernel);
+}
+int64_t DecodeTiles(const KernelSpec& kernel, const Problem& problem) {
+  return problem.batch * CeilDiv(problem.num_kv_heads, DecodeTileHeads(kernel)) *
+         DecodeRowTiles(kernel, problem);
 }
 
 // 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
 constexpr int64_t kDecodeHeaderWords = 4;
 int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
-  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
   return 4 + 2 * rows * (2 + head_dim_v);
 }
 
@@ -93,15 +113,16 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   common.head_dim_v = std::max(common.head_dim_v, 64);
   const bool tma = arch == 90 && variant.family != Family::kSm80;
   const KernelSpec decode = MakeDecodeMain(variant, common, info.smem_kb, tma, false);
-  const int rows = static_cast<int>(Field(decode, "kRows"));
+  const int64_t rows = Field(decode, "kRows"), tile_heads = Field(decode, "kTileHeads");
   Fields combine;
   AddBool(&combine, "kBf16", variant.dtype == DType::kBF16);
   AddInt(&combine, "kRows", rows);
+  AddInt(&combine, "kTileHeads", tile_heads);
   AddInt(&combine, "kWarps", kCombineWarps);
   AddInt(&combine, "kMinBlocks", 1);
   KernelSpec second = {
       "decode_combine.cuh",
-      std::string("jfa_decode_combine_") + Name(variant.dtype) + "_r" + std::to_string(rows),
+      std::string("jfa_decode_combine_") + Name(variant.dtype) + RowsSuffix(rows, tile_heads),
       combine, kCombineWarps * 32, 0};
   // Hides what it takes to launch the second kernel.
   second.starts_early = arch >= 90;
@@ -117,26 +138,29 @@ Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int mul
   const DecodeShare share = ShareDecode(plan, problem, multiprocessors);
   const uint32_t ctas = static_cast<uint32_t>(share.ctas);
   if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
-  const int64_t tiles =
-      problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+  const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
   const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
-  const int64_t rows = std::min(problem.q_len * problem.group, Field(kernel, "kRows"));
+  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
   const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
   return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
 }
 
+int DecodeTileHeads(const KernelSpec& kernel) {
+  return static_cast<int>(Field(kernel, "kTileHeads"));
+}
+
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
-  return static_cast<int>(CeilDiv(problem.q_len * problem.group, Field(kernel, "kRows")));
+  return static_cast<int>(CeilDiv(DecodeRows(kernel, problem), Field(kernel, "kRows")));
 }
 
 namespace {
 
 DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[kDecodeStretches];
-  if (problem.q_len * problem.group == 0) return {};
+  if (DecodeRows(kernel, problem) == 0) return {};
   // Both kernels take the same tiles.
-  const int64_t tiles = problem.batch * problem.num_kv_heads * DecodeRowTiles(kernel, problem);
+  const int64_t tiles = DecodeTiles(kernel, problem);
   const int64_t blocks = DecodeBlocks(kernel, problem);
   if (tiles > INT_MAX / blocks) return {};
   if (plan.kernels.size() > kDecodeParts && tiles <= INT_MAX >> kMostPartsLog2) {
@@ -174,8 +198,7 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
 DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors) {
   DecodeShare share = ShareTiles(plan, problem, multiprocessors);
   if (share.kernel != kDecodeStretches || share.ctas == 0) return share;
-  const int64_t tiles =
-      problem.batch * problem.num_kv_heads * DecodeRowTiles(plan.kernels.front(), problem);
+  const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
   // A warp asks for eight parts at a time.
   while (1 << share.merge_log2 < kCombineWarps &&
          CeilDiv(share.ctas, tiles) > int64_t{8} << share.merge_log2) {
@@ -186,7 +209,8 @@ DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiproce
 
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
   // The tile differs between architectures, its rows and blocks only by little: the larger ones.
-  const int64_t rows = std::min<int64_t>(problem.q_len * problem.group, 128);
+  // 8-bit keys may have tiles of two heads.
+  const int64_t rows = std::min<int64_t>(2 * problem.q_len * problem.group, 128);
   const int64_t tiles = problem.batch * problem.num_kv_heads *
                         CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
   const int64_t ctas =

@@ -47,10 +47,12 @@ def variant(
     *,
     has_dslopes: bool = False,
     rows: int = 0,
+    heads_first: bool = False,
 ) -> dict[str, Any]:
     """What of a call changes code, as `_native` takes it; of arrays only dtype and shape count.
 
-    `rows` are the queries of one key head, for op 'decode'.
+    `rows` are the queries of one key head, for op 'decode'; `heads_first` says of its pages that
+    heads come before tokens.
     """
     features = {
         "softcap": spec.soft_cap is not None,
@@ -68,6 +70,7 @@ def variant(
         "two_level": spec.two_level,
         "grid": op == "fwd" and spec.schedule == "grid",
         "persistent": op == "fwd" and spec.schedule == "persistent",
+        "heads_first": heads_first and _fp8.is_fp8(k),
     }
     dense = op == "fwd" and "page_table" not in spec.aux
     return {

@@ -104,7 +104,10 @@ def paged(
     G = N // K
     rows = T * G if decodes(q, v, K, spec) else 0
     op = "decode" if rows else "fwd"
-    _lowering_cuda.require_cached(_lowering_cuda.variant(spec, op, q, k, v, rows=rows))
+    heads_first = bool(rows) and layout == "HND"
+    _lowering_cuda.require_cached(
+        _lowering_cuda.variant(spec, op, q, k, v, rows=rows, heads_first=heads_first)
+    )
     kv_len = aux[spec.aux.index("page_table")].shape[-1] * page_size
     out, lse, _ = _serve_p.bind(
         q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4),

@@ -19,6 +19,7 @@ import pages
 from jax_flashattn import (
     PagedKVCache,
     UnsupportedError,
+    _native,
     attention,
     attention_varlen,
     explain,
@@ -324,6 +325,19 @@ def test_explain():
     assert symbols(1, 80, (E5M2, E4M3)) == ["jfa_decode_sm80_bf16_e5m2_e4m3_d128_full_r16", combine]
     for arch in (80, 89, 90):
         assert symbols(500, arch) == ["jfa_fwd_sm80_bf16_e4m3_d128_full"]
+
+
+def test_two_heads_of_64_share_a_tile():
+    """Unless they lie apart, as in pages with the heads first, or no copy engine reads them."""
+
+    def symbol(arch=90, features=(), dims=(64, 64)):
+        features = ["fp8_kv", *features]
+        plan = _native.cuda_explain("decode", "bfloat16", *dims, "full", features, arch, 4)
+        return plan["kernels"][0]["symbol"]
+
+    assert symbol() == "jfa_decode_sm90_bf16_e4m3_d64_full_pairs_r16"
+    for apart in (dict(features=["heads_first"]), dict(arch=80), dict(dims=(64, 128))):
+        assert "pairs" not in symbol(**apart)
 
 
 def test_custom_calls(monkeypatch):

@@ -81,9 +81,21 @@ def test_rows_of_a_key_head(heads, T):
     oracle_fp8.check(*inputs, is_causal=True, query_offset="end")
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (6, 3), (16, 2), (40, 5)], ids=str)
+@pytest.mark.parametrize("T", [1, 3, 16])
+def test_pairs_of_key_heads(T, heads):
+    """At head dim 64 two share a tile, and each has scales of its own."""
+    q, k, v = make_inputs(10, 2, T, 333, *heads, 64, 64)
+    scales = dict(k_scale=per_head(2, 2, heads[1]), v_scale=per_head(3, 2, heads[1]))
+    slopes = np.linspace(0, 0.1, heads[0], dtype=np.float32)
+    options = dict(is_causal=True, query_offset="end", alibi_slopes=slopes)
+    oracle_fp8.check(q, k, v, sinks=slopes, **scales, **options)
+
+
+@pytest.mark.parametrize("H", [64, 128])
 @pytest.mark.parametrize("S", [1, 63, 64, 65, 4096, 70001])
-def test_key_lengths(S):
-    oracle_fp8.check(*make_inputs(5, 1, 1, S, 8, 2, 128, 128))
+def test_key_lengths(S, H):
+    oracle_fp8.check(*make_inputs(5, 1, 1, S, 8, 2, H, H))
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
@@ -125,7 +137,7 @@ def test_padding_does_not_scale_queries():
     oracle_fp8.check(q, k, v, poison=draws.poison(options, 1e30), **options)
 
 
-HEADS = [(8, 2, 128, 128), (4, 1, 64, 64), (2, 2, 256, 256), (6, 3, 96, 48)]
+HEADS = [(8, 2, 128, 128), (4, 1, 64, 64), (2, 2, 256, 256), (6, 3, 96, 48), (6, 3, 64, 64)]
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -9,10 +9,14 @@
 //
 // Roles       Four or eight warps consume: kRows / 16 of them side by side share out the queries,
 //             the others the keys of a block, each with an online softmax of its own. Products are
-//             of mma.sync; with kWgmma, where warpgroups have 64 rows each and all keys, of wgmma,
-//             or every warp would read all keys from shared memory for its 16 rows. The rest produce: they keep a ring of kStages buffers full, a
-//             block of K, then one of V, across tiles. With kTma it is one warp that orders copies
-//             by the tensor copy engine, else four that use cp.async.
+//             those of mma.sync; with kWgmma, where a warpgroup has 64 rows and all keys, of wgmma,
+//             or each warp would read all keys from shared memory for its 16 rows. The rest
+//             produce: they keep a ring of kStages buffers full, a block of K, then one of V,
+//             across tiles. With kTma it is one warp that orders copies by the tensor copy engine,
+//             else four that use cp.async.
+// Pairs       With kTileHeads 2 a tile is of two key heads: their 8-bit rows of 64 are one of 128,
+//             and each query is zero where the other head is. Memory is read 128 bytes at a time
+//             anyway.
 // Work        decode_share.cuh: every CTA takes an equal stretch of all key blocks; with kParts the
 //             CTAs of a cluster may take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
@@ -73,14 +77,19 @@ struct Decode {
                 "each warp has whole blocks");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
-  using Cluster = DecodeCluster<C::kRows, C::kHeadDimV, kConsumers>;
+  static_assert(C::kTileHeads == 1 || (C::kTileHeads == 2 && C::kFp8 && C::kTma &&
+                                       C::kHeadDim == 128 && C::kHeadDimV == 128),
+                "two heads of 64 bytes make a panel");
+
+  using Cluster = DecodeCluster<C::kRows, C::kHeadDimV / C::kTileHeads, kConsumers>;
   static_assert(!C::kParts || C::kTma, "clusters came with the copy engine");
   static_assert(!C::kWgmma || (C::kTma && !C::kFp8 && kRowWarps % 4 == 0 && kKeyWarps == 1),
                 "a warpgroup has 64 rows and all keys of a block");
   static_assert(!C::kParts || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
 
-  using Walk = DecodeWalk<kMask, C::kBlockN, C::kParts>;
+  using Walk = DecodeWalk<kMask, C::kBlockN, C::kTileHeads, C::kParts>;
   using Blocks = typename Walk::Blocks;
+  using Rows = DecodeRows<C::kRows, C::kTileHeads>;
   using Ring = RingPosition<C::kStages>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeyBlocks][4];
@@ -93,39 +102,22 @@ struct Decode {
 
   // --- consumers -------------------------------------------------------------------------------
 
-  // The rows of one tile: row r of the tile is query token r / group of query head r % group.
-  struct Rows {
-    int first, num;  // of the key head's params.rows
-    int batch, kv_head;
-
-    JFA_DEVICE Rows(const DecodeParams& params, const Walk& walk) {
-      kv_head = walk.unit / params.row_tiles;
-      first = (walk.unit - kv_head * params.row_tiles) * C::kRows;
-      num = Min(C::kRows, params.rows - first);
-      batch = walk.batch;
-    }
-    JFA_DEVICE int TokenOf(const ProblemParams& p, int row) const {
-      return (first + row) / p.group;
-    }
-    JFA_DEVICE int HeadOf(const ProblemParams& p, int row) const {
-      return kv_head * p.group + (first + row) % p.group;
-    }
-  };
-
-  // The first num_rows of them; zeros behind.
+  // The first num_rows of a tile; zeros behind, and where a row's key head isn't.
   static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, int num_rows,
                                      uint32 smem_q) {
     constexpr int kChunks = C::kHeadDim / 8;
     const ProblemParams& problem = params.fwd.problem;
     for (int i = ReadThreadIndex(); i < C::kRows * kChunks; i += kConsumers) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = row < num_rows && chunk * 8 < problem.head_dim;
+      const int own = chunk - rows.PartOf(problem, row) * (kChunks / 2);
+      const bool valid =
+          row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
       uint4 value = make_uint4(0, 0, 0, 0);
       if (valid) {
         value = __ldg(reinterpret_cast<const uint4*>(RowPointer(params.fwd.q, rows.batch,
                                                                 rows.HeadOf(problem, row),
                                                                 rows.TokenOf(problem, row)) +
-                                                     chunk * 8));
+                                                     own * 8));
       }
       StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8), value);
     }
@@ -139,7 +131,19 @@ struct Decode {
     const auto at = [=](int row, int chunk) {
       return smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8);
     };
-    float factor = ScoreScale(params, rows.batch, rows.kv_head);
+    const ProblemParams& problem = params.problem;
+    float scale[C::kTileHeads], factor = 0.f;
+#pragma unroll
+    for (int part = 0; part < C::kTileHeads; ++part) {
+      scale[part] = ScoreScale(params, rows.batch, rows.KeyHead(problem, part));
+      factor = fmaxf(factor, scale[part]);
+    }
+    // Scores have one factor: what a head's is less goes to its queries.
+    const auto of_row = [&](int row) {
+      if constexpr (C::kTileHeads == 1) return 1.f;
+      const float own = rows.PartOf(problem, row) == 0 ? scale[0] : scale[C::kTileHeads - 1];
+      return own == factor ? 1.f : own / factor;
+    };
     int exponent = 0;
     if constexpr (C::kBf16) {
       exponent = LargestExponent<kChunks>(at, 16 * row_warp, 16);
@@ -147,7 +151,7 @@ struct Decode {
       NamedBarrierSync(kConsumersDone, kConsumers);  // all have seen the rows
     }
     PrepareQueries<C::kBf16, kChunks>(at, 16 * row_warp + kOwn * key_warp, kOwn,
-                                      QueryScale(exponent));
+                                      QueryScale(exponent), of_row);
     NamedBarrierSync(kConsumersDone, kConsumers);
     return factor;
   }
@@ -261,6 +265,7 @@ struct Decode {
     float2* const stats = reinterpret_cast<float2*>(smem + kSmemStats);
     const bool in_cluster = C::kParts && params.parts_log2 > 0;
     const auto store = [&](int row, int column, float4 x, float2 total) {
+      if (!rows.Exists(problem, row)) return;
       StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
                             rows.TokenOf(problem, row), column, x, total);
     };
@@ -299,7 +304,10 @@ struct Decode {
     for (int half = 0; half < 2; ++half) {
       factor[half] =
           Exp2(-softmax.neg_reference[half] - total(16 * row_warp + lane / 4 + 8 * half).x);
-      if constexpr (C::kFp8) factor[half] *= ValueScale(params.fwd, rows.batch, rows.kv_head);
+      if constexpr (C::kFp8) {
+        const int part = rows.PartOf(problem, 16 * row_warp + lane / 4 + 8 * half);
+        factor[half] *= ValueScale(params.fwd, rows.batch, rows.KeyHead(problem, part));
+      }
     }
     if constexpr (C::kParts) {
       if (in_cluster) {
@@ -331,8 +339,11 @@ struct Decode {
       // Four columns of a row at a time; row r is with the warps r / 16 + kRowWarps * i.
       constexpr int kGroups = kPanelColumns / 4;
       for (int i = ReadThreadIndex(); i < C::kRows * kGroups; i += kConsumers) {
-        const int row = i / kGroups, column = i % kGroups * 4 + panel * kPanelColumns;
-        if (row >= rows.num || column >= problem.head_dim_v) continue;
+        const int row = i / kGroups;
+        // The panel of a row's own key head, or one of all panels.
+        const bool is_own = C::kTileHeads == 1 || rows.PartOf(problem, row) == panel;
+        const int column = i % kGroups * 4 + (C::kTileHeads == 1 ? panel * kPanelColumns : 0);
+        if (row >= rows.num || !is_own || column >= problem.head_dim_v) continue;
         float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int w = 0; w < kKeyWarps; ++w) {
@@ -390,10 +401,10 @@ struct Decode {
       const Sequence& sequence = tiles.sequence;
       const int count = tiles.Count(), first = Max(-walk.tile, 0);
       const int last = Min(walk.length - walk.tile, count);
-      const Rows rows(params, walk);
+      const Rows rows(params, walk.batch, walk.unit);
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
-          C::kFp8 ? Clamp(sequence.q_len * problem.group - rows.first, 0, rows.num) : rows.num;
+          C::kFp8 ? Clamp(rows.NumOf(problem, sequence.q_len), 0, rows.num) : rows.num;
       LoadQueries(params, rows, num_rows, smem + kSmemQ);
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
@@ -405,7 +416,9 @@ struct Decode {
         const int row = Min(16 * row_warp + lane / 4 + 8 * half, rows.num - 1);
         tokens[half] = rows.TokenOf(problem, row);
         seen[half] = tiles.mask.KeysOf(tokens[half]);
-        logits[half].SetHead(problem, walk.batch, rows.HeadOf(problem, row));
+        const int head = rows.HeadOf(problem, row);
+        logits[half].SetHead(problem, walk.batch,
+                             C::kTileHeads == 1 ? head : Min(head, problem.num_heads - 1));
       }
       const int first_token = rows.TokenOf(problem, 0),
                 last_token = rows.TokenOf(problem, rows.num - 1);

@@ -79,8 +79,10 @@ struct DecodeCombine {
     const int row = (blockIdx.x - index * row_groups) * group_rows + (warp >> log2);
     WaitForKernelBefore();
     // Where there are fewer tiles than CTAs, there is a place in the grid for each of them only.
-    const int num_tiles = problem.batch * problem.num_kv_heads * params.row_tiles;
-    const int cta = num_tiles < params.num_ctas - 1 ? FindBoundary(scratch, params, index) : 1 + index;
+    const int num_tiles =
+        problem.batch * CeilDiv(problem.num_kv_heads, C::kTileHeads) * params.row_tiles;
+    const int cta =
+        num_tiles < params.num_ctas - 1 ? FindBoundary(scratch, params, index) : 1 + index;
     // Both are asked for before one is waited for; the record of a CTA that has none isn't used.
     const DecodeScratch::Header header = *scratch.header;
     const DecodeScratch::Record tile = scratch.records[Min(cta, params.num_ctas - 1)];
@@ -88,9 +90,8 @@ struct DecodeCombine {
     if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
       return;
     }
-    const int kv_head = tile.unit / params.row_tiles;
-    const int first_row = (tile.unit - kv_head * params.row_tiles) * C::kRows;
-    const bool has_row = row < Min(C::kRows, params.rows - first_row);
+    const DecodeRows<C::kRows, C::kTileHeads> rows(params, tile.batch, tile.unit);
+    const bool has_row = rows.Exists(problem, row);
 
     const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
     const auto cta_of = [&](int part) { return cta - 1 + part; };
@@ -98,8 +99,7 @@ struct DecodeCombine {
       return part == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
     };
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
-    const int token = (first_row + row) / problem.group;
-    const int head = kv_head * problem.group + (first_row + row) % problem.group;
+    const int token = rows.TokenOf(problem, row), head = rows.HeadOf(problem, row);
     for (int column0 = 0; column0 < problem.head_dim_v; column0 += 4 * kWarpSize) {
       const int column = column0 + 4 * lane;
       const bool has_columns = has_row && column < problem.head_dim_v;

@@ -77,8 +77,11 @@ struct DecodeCopies {
       const uint32 target = stage + lane * box_rows * PanelN::kPitch;
 #pragma unroll
       for (int panel = 0; panel < kNumPanels; ++panel) {
-        TmaLoad(target + panel * PanelN::kBytes, map, full, panel * kPanelColumns * kElements,
-                boxes.row, boxes.kv_head, boxes.batch, kL2EvictNormal);
+        // The map of pairs has all heads beside each other in a row.
+        constexpr bool kPairs = C::kTileHeads == 2;
+        const int column = panel * kPanelColumns * kElements + (kPairs ? 128 * boxes.kv_head : 0);
+        TmaLoad(target + panel * PanelN::kBytes, map, full, column, boxes.row,
+                kPairs ? 0 : boxes.kv_head, boxes.batch, kL2EvictNormal);
       }
     }
   }

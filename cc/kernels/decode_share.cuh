@@ -4,13 +4,14 @@
 //   blocks  |o o o o o|o o o o o|o o o |o o o |o o o o o o o o o o o|o o o o o o o o o o o|
 //   CTAs    |<-- c0 -->|<-- c1 -->|<-- c2 -->|<-- c3 -->|<-- c4 -->|<-- c5 -->|<-- c6 -->|
 //
-// A tile is kRows queries of one key head; it visits the key blocks of its sequence in which some
-// query sees a key (at least one, so that each tile has somebody who writes its results). All
-// blocks of all tiles stand in one line, and each CTA takes an equal stretch of it (stream-K: Osama
-// et al., 2023, arXiv:2301.03598): long and short sequences are balanced without a decision on the
-// host. A tile within one stretch is finished there. Of others every CTA leaves a partial result,
-// at most two per CTA: of a tile that began before its stretch (head), and of one that ends after
-// it (tail). The combine kernel merges them, in the order of the CTAs: nothing depends on timing.
+// A tile is kRows queries of one key head (of kTileHeads of them, decode.cuh); it visits the key
+// blocks of its sequence in which some query sees a key (at least one, so that each tile has
+// somebody who writes its results). All blocks of all tiles stand in one line, and each CTA takes
+// an equal stretch of it (stream-K: Osama et al., 2023, arXiv:2301.03598): long and short sequences
+// are balanced without a decision on the host. A tile within one stretch is finished there. Of
+// others every CTA leaves a partial result, at most two per CTA: of a tile that began before its
+// stretch (head), and of one that ends after it (tail). The combine kernel merges them, in the
+// order of the CTAs: nothing depends on timing.
 //
 // With kParts, each tile is shared equally by the CTAs of a cluster instead (decode_cluster.cuh),
 // and nothing is left to merge: for sequences so short that a second kernel would cost more.
@@ -92,19 +93,19 @@ struct DecodeSequence {
 };
 
 // The stretch of one CTA, and the tile that it stands at. Used by whole warps.
-template <MaskKind kMask, int kBlockN, bool kParts>
+template <MaskKind kMask, int kBlockN, int kTileHeads, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
   int total, num_ctas;
   int begin, length;  // of the stretch
   int tile;         // where the tile begins, from the stretch's begin; the first one may be below 0
-  int batch, unit;  // unit: key head * row_tiles + row tile
+  int batch, unit;  // unit: key head (or pair of them) * row_tiles + row tile
   int num_units;
 
   JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
     const ProblemParams& p = params.fwd.problem;
-    num_units = p.num_kv_heads * params.row_tiles;
+    num_units = CeilDiv(p.num_kv_heads, kTileHeads) * params.row_tiles;
     if constexpr (kParts) {
       TakePart(p, params.parts_log2, cta);
       return;
@@ -178,6 +179,41 @@ struct DecodeWalk {
     const bool works = cta < num_ctas;
     begin = works ? stretches.Begin(cta) : 0;
     length = works ? stretches.Begin(cta + 1) - begin : 0;
+  }
+};
+
+// The rows of one tile: row r is query token r / group of query head r % group, where the group is
+// that of all its key heads.
+template <int kRows, int kTileHeads>
+struct DecodeRows {
+  int first, num;      // of the params.rows of its key heads
+  int batch, kv_head;  // the first key head, in units of kTileHeads
+
+  JFA_DEVICE DecodeRows(const DecodeParams& params, int batch, int unit)
+      : batch(batch), kv_head(unit / params.row_tiles) {
+    first = (unit - kv_head * params.row_tiles) * kRows;
+    num = Min(kRows, params.rows - first);
+  }
+  JFA_DEVICE int TokenOf(const ProblemParams& p, int row) const {
+    return (first + row) / (p.group * kTileHeads);
+  }
+  JFA_DEVICE int HeadOf(const ProblemParams& p, int row) const {
+    const int group = p.group * kTileHeads;
+    return kv_head * group + (first + row) % group;
+  }
+  // How many of the tile's rows the first `tokens` tokens are, if it went on.
+  JFA_DEVICE int NumOf(const ProblemParams& p, int tokens) const {
+    return tokens * p.group * kTileHeads - first;
+  }
+  // Which of the tile's key heads; the second one of the last pair may not exist.
+  JFA_DEVICE int PartOf(const ProblemParams& p, int row) const {
+    return kTileHeads == 1 ? 0 : (first + row) % (p.group * kTileHeads) / p.group;
+  }
+  JFA_DEVICE int KeyHead(const ProblemParams& p, int part) const {
+    return Min(kv_head * kTileHeads + part, p.num_kv_heads - 1);
+  }
+  JFA_DEVICE bool Exists(const ProblemParams& p, int row) const {
+    return row < num && (kTileHeads == 1 || HeadOf(p, row) < p.num_heads);
   }
 };
 

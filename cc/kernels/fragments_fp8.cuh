@@ -117,17 +117,24 @@ struct QueryScale {
   }
 };
 
-// Rows of queries, in place: f16 in the order that the scores want. By a warp.
-template <bool kBf16, int kChunks, class At>
-JFA_DEVICE void PrepareQueries(const At& at, int first_row, int num_rows, QueryScale scale) {
-  const auto convert = [&](uint32 pair) {
-    if constexpr (!kBf16) return pair;
-    return Pack16<false>(__uint_as_float(pair << 16) * scale.to_f16,
-                         __uint_as_float(pair & 0xffff0000u) * scale.to_f16);
-  };
+struct NoFactor {
+  JFA_DEVICE float operator()(int) const { return 1.f; }
+};
+
+// Rows of queries, in place: f16 in the order that the scores want. By a warp. `of_row` gives a
+// further factor of a row, at most 1.
+template <bool kBf16, int kChunks, class At, class OfRow = NoFactor>
+JFA_DEVICE void PrepareQueries(const At& at, int first_row, int num_rows, QueryScale scale,
+                               const OfRow& of_row = {}) {
   for (int i = ReadLaneIndex(); i < num_rows * kChunks / 2; i += kWarpSize) {
     const int row = first_row + i / (kChunks / 2), chunk = i % (kChunks / 2) * 2;
     const uint4 a = LoadShared16(at(row, chunk)), b = LoadShared16(at(row, chunk + 1));
+    const float factor = of_row(row) * (kBf16 ? scale.to_f16 : 1.f);
+    const auto convert = [=](uint32 pair) {
+      if (!kBf16 && factor == 1.f) return pair;
+      return Pack16<false>(ToFloat<kBf16>(static_cast<uint16>(pair)) * factor,
+                           ToFloat<kBf16>(static_cast<uint16>(pair >> 16)) * factor);
+    };
     StoreShared16(at(row, chunk),
                   make_uint4(convert(a.x), convert(a.z), convert(b.x), convert(b.z)));
     StoreShared16(at(row, chunk + 1),

@@ -86,7 +86,7 @@ struct DecodeParams {
   FwdParams fwd;
   int num_ctas;    // that share the key blocks
   int parts_log2;  // Config::kParts: how many CTAs, a cluster, share one tile
-  int rows;        // queries of one key head: q_len * group
+  int rows;        // queries of a tile's key heads: q_len * group, times 2 for pairs
   int row_tiles;   // tiles of kRows of them
   int merge_log2;  // DecodeCombine: how many warps merge a row
   float* scratch;  // DecodeScratch in decode_share.cuh
