@@ -12,8 +12,8 @@
 //             those of mma.sync; with kWgmma, where a warpgroup has 64 rows and all keys, of wgmma,
 //             or each warp would read all keys from shared memory for its 16 rows. The rest
 //             produce: they keep a ring of kStages buffers full, a block of K, then one of V,
-//             across tiles. With kTma it is one warp that orders copies by the tensor copy engine,
-//             else four that use cp.async.
+//             across tiles. With kTma they are two warps that order copies by the tensor copy
+//             engine, else four that use cp.async.
 // Pairs       With kTileHeads 2 a tile is of two key heads: their 8-bit rows of 64 are one of 128,
 //             and each query is zero where the other head is. Memory is read 128 bytes at a time
 //             anyway.
@@ -44,7 +44,7 @@ namespace jfa {
 template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  static constexpr int kProducerWarps = C::kTma ? 1 : 4;
+  static constexpr int kProducerWarps = C::kTma ? 2 : 4;
   static constexpr int kConsumerWarps = C::kWarps - kProducerWarps;
   static constexpr int kConsumers = kConsumerWarps * kWarpSize;
   static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
