@@ -181,29 +181,35 @@ Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& par
 }
 
 // The maps of keys and values, whose boxes are the kernel's blocks of keys, or as much of one as is
-// surely in one page.
-Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& kernel,
+// surely in one page. `once`: each key is read by one CTA.
+Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& kernel, bool once,
                      int* box_rows, TensorMap* k, TensorMap* v) {
   const ProblemParams& p = fwd.problem;
   const bool paged = fwd.pages.table != nullptr;
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
   const int block_rows = kernel.box_rows_kv, bytes = kernel.kv_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
+  // Of each key a box has 128 bytes. Were the L2 to fetch more, the box of the next 128 would come
+  // while it does, and memory be read twice.
+  const auto fetched = [&](int64_t dim) {
+    const int64_t row = kernel.box_heads * dim;
+    return once ? std::min<int64_t>(row, 128 / bytes) : row;
+  };
   if (kernel.box_heads > 1) {  // all heads are one row
     const int64_t heads = p.num_kv_heads;
     JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-        fwd.k,
-        {heads * p.head_dim, rows, 1, batch, *box_rows, bytes, kernel.box_heads * p.head_dim},
-        call.q, k));
+        fwd.k, {heads * p.head_dim, rows, 1, batch, *box_rows, bytes, fetched(p.head_dim)}, call.q,
+        k));
     return launch::EncodeTensorMap(
-        fwd.v,
-        {heads * p.head_dim_v, rows, 1, batch, *box_rows, bytes, kernel.box_heads * p.head_dim_v},
+        fwd.v, {heads * p.head_dim_v, rows, 1, batch, *box_rows, bytes, fetched(p.head_dim_v)},
         call.q, v);
   }
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, k));
+      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes, fetched(p.head_dim)},
+      call.q, k));
   return launch::EncodeTensorMap(
-      fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows, bytes}, call.q, v);
+      fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows, bytes, fetched(p.head_dim_v)},
+      call.q, v);
 }
 
 // The Hopper forward wants tensor maps in front.
@@ -219,7 +225,8 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes}, call.q,
       &params.q));
-  JFA_RETURN_IF_ERROR(EncodeKeyMaps(call, fwd, kernel, &params.box_rows, &params.k, &params.v));
+  JFA_RETURN_IF_ERROR(
+      EncodeKeyMaps(call, fwd, kernel, false, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
@@ -271,7 +278,7 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   params.rows *= DecodeTileHeads(kernel);
   if (kernel.box_rows_kv != 0) {
     JFA_RETURN_IF_ERROR(
-        EncodeKeyMaps(call, params.fwd, kernel, &params.box_rows, &params.k, &params.v));
+        EncodeKeyMaps(call, params.fwd, kernel, true, &params.box_rows, &params.k, &params.v));
   }
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }

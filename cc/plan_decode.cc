@@ -84,22 +84,22 @@ int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
     best = log2;
     longest = part;
   }
-  // Times in units of 50 ns, measured on an H100 (docs/performance.md). One CTA takes 9 for a
-  // block, but 1 for each copy it orders; all of them together read 256 KB from L2 in 1; a second
-  // kernel costs 52. Where parts are longer than kLongest memory is the limit, and a cluster's
-  // CTAs, which can't run anywhere, have less of it.
-  constexpr int64_t kLongest = 1024 * 1024, kBlockTime = 9, kBytesInTime = 256 * 1024;
+  // Times in units of 50 ns, measured (docs/performance.md). One CTA takes 6 for a block and 3 for
+  // each 32 KB of it, but 1 for each pair of copies, of K and V, that it orders; all of them
+  // together read 256 KB from L2 in 1; a second kernel costs 52. Where parts are longer than
+  // kLongest memory is the limit, and a cluster's CTAs, which can't run anywhere, have less of it.
+  constexpr int64_t kLongest = 1024 * 1024, kBytesInTime = 256 * 1024;
   constexpr int64_t kMergeTime = 52;
   const int64_t block_n = Field(kernel, "kBlockN");
   const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
   const int64_t columns = 128 / kernel.kv_bytes;  // of a box
-  const int64_t copies = boxes * (CeilDiv(Field(kernel, "kHeadDim"), columns) +
-                                  CeilDiv(Field(kernel, "kHeadDimV"), columns));
+  const int64_t copies = boxes * std::max(CeilDiv(Field(kernel, "kHeadDim"), columns),
+                                          CeilDiv(Field(kernel, "kHeadDimV"), columns));
   const int64_t bytes =
       kernel.kv_bytes * block_n * (Field(kernel, "kHeadDim") + Field(kernel, "kHeadDimV"));
   const bool is_short =
-      longest * bytes <= kLongest &&
-      longest * std::max(kBlockTime, copies) <= kMergeTime + tiles * blocks * bytes / kBytesInTime;
+      longest * bytes <= kLongest && longest * std::max(6 + 3 * bytes / (32 * 1024), copies) <=
+                                         kMergeTime + tiles * blocks * bytes / kBytesInTime;
   return is_short ? best : -1;
 }
 
@@ -188,8 +188,11 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
       Field(kernel, "kRows") == 16) {
     return {tiles};
   }
-  // Equal parts of tiles need less merging. No more of them than make the longest one shorter.
-  const int64_t parts = ctas / tiles, longest = CeilDiv(blocks, parts);
+  // Equal parts of tiles need less merging. No more of them than make the longest one shorter, or
+  // have more rows of results than keys.
+  const int64_t keys = blocks * Field(kernel, "kBlockN");
+  const int64_t parts = std::min(ctas / tiles, CeilDiv(keys, Field(kernel, "kRows")));
+  const int64_t longest = CeilDiv(blocks, parts);
   return {tiles * CeilDiv(blocks, longest)};
 }
 

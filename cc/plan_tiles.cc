@@ -195,15 +195,16 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   // Each CTA pays 1 KB more to the system.
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
   for (;; tile_rows *= 2) {
-    // What has a multiprocessor for itself needs more warps to keep up with L2.
-    const int warps = tile_rows > 64 || (alone && most_panels <= 2) ? 8 : 4;
+    const int warps = tile_rows > 64 ? 8 : 4;
+    const bool wgmma = tma && !variant.fp8_kv && tile_rows >= 64;
     // Q, the buffer through which outputs are merged, the rows' sums, and a barrier of clusters.
-    const int fixed = 128 * panels * tile_rows + 4 * 16 * warps * 72 + 8 * 16 * warps + 16;
+    const int merged_rows = wgmma ? 0 : 16 * warps;
+    const int fixed = 128 * panels * tile_rows + 4 * merged_rows * 72 + 8 * merged_rows + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
     const int block_panels = tile_rows == 16 ? stage_panels : most_panels;
-    const int few_rows = block_panels == 1 || warps == 8 ? 128 : 64;
-    const bool wgmma = tma && !variant.fp8_kv && tile_rows >= 64;
+    // What has a multiprocessor for itself needs longer blocks to keep up with the L2.
+    const int few_rows = block_panels == 1 || (alone && most_panels == 2) ? 128 : 64;
     const int most_block = wgmma             ? (most_panels == 1   ? 128
                                                 : most_panels == 2 ? 64
                                                                    : 32)

@@ -65,8 +65,10 @@ struct Decode {
 
   static constexpr int kSmemQ = C::kStages * kStageBytes;
   static constexpr int kSmemMerge = kSmemQ + kPanels * PanelQ::kBytes;
-  static constexpr int kSmemStats = kSmemMerge + 4 * 16 * kConsumerWarps * kMergePitch;
-  static constexpr int kSmemBarriers = kSmemStats + 8 * 16 * kConsumerWarps;
+  // A warpgroup has all of its rows' results.
+  static constexpr int kMergedRows = C::kWgmma ? 0 : 16 * kConsumerWarps;
+  static constexpr int kSmemStats = kSmemMerge + 4 * kMergedRows * kMergePitch;
+  static constexpr int kSmemBarriers = kSmemStats + 8 * kMergedRows;
   static constexpr int kSmemResults = kSmemBarriers + 16 * C::kStages;  // the cluster's mbarrier
   static constexpr int kSmemBytes = kSmemResults + 16;
   enum NamedBarrier { kConsumersDone = 1 };
@@ -105,21 +107,34 @@ struct Decode {
   // The first num_rows of a tile; zeros behind, and where a row's key head isn't.
   static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, int num_rows,
                                      uint32 smem_q) {
-    constexpr int kChunks = C::kHeadDim / 8;
+    constexpr int kChunks = C::kHeadDim / 8, kItems = C::kRows * kChunks;
+    constexpr int kPasses = (kItems + kConsumers - 1) / kConsumers,
+                  kAtOnce = kPasses < 8 ? kPasses : 8;
     const ProblemParams& problem = params.fwd.problem;
-    for (int i = ReadThreadIndex(); i < C::kRows * kChunks; i += kConsumers) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int own = chunk - rows.PartOf(problem, row) * (kChunks / 2);
-      const bool valid =
-          row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
-      uint4 value = make_uint4(0, 0, 0, 0);
-      if (valid) {
-        value = __ldg(reinterpret_cast<const uint4*>(RowPointer(params.fwd.q, rows.batch,
-                                                                rows.HeadOf(problem, row),
-                                                                rows.TokenOf(problem, row)) +
-                                                     own * 8));
+#pragma unroll 1
+    for (int first = ReadThreadIndex(); first < kItems; first += kAtOnce * kConsumers) {
+      uint4 values[kAtOnce];  // asked for before one is waited for
+#pragma unroll
+      for (int pass = 0; pass < kAtOnce; ++pass) {
+        const int i = first + pass * kConsumers, row = i / kChunks;
+        const int own = i % kChunks - rows.PartOf(problem, row) * (kChunks / 2);
+        const bool valid =
+            row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
+        values[pass] = make_uint4(0, 0, 0, 0);
+        if (valid) {
+          values[pass] = __ldg(reinterpret_cast<const uint4*>(
+              RowPointer(params.fwd.q, rows.batch, rows.HeadOf(problem, row),
+                         rows.TokenOf(problem, row)) +
+              own * 8));
+        }
       }
-      StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8), value);
+#pragma unroll
+      for (int pass = 0; pass < kAtOnce; ++pass) {
+        const int i = first + pass * kConsumers, row = i / kChunks, chunk = i % kChunks;
+        if (i >= kItems) break;
+        StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8),
+                      values[pass]);
+      }
     }
   }
 
@@ -250,6 +265,42 @@ struct Decode {
       NamedBarrierSync(kConsumersDone, kConsumers);  // several warps read these keys
     } else {
       __syncwarp();
+    }
+  }
+
+  // Results of one tile whose rows each are with one warp, straight from fragments: final ones if
+  // the whole tile was visited here, else a partial one in scratch.
+  static JFA_DEVICE void StoreRows(const DecodeParams& params, const Rows& rows,
+                                   const Sequence& sequence, int partial, const Output& out,
+                                   const OnlineSoftmax<1>& softmax, int row_warp, int lane) {
+    const ProblemParams& problem = params.fwd.problem;
+    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * row_warp + lane / 4 + 8 * half;
+      const float2 total = make_float2(-softmax.neg_reference[half], QuadSum(softmax.sum[half]));
+      // Two lanes that have four columns of two blocks exchange, so that each has four of one.
+      const bool is_odd = lane % 2 != 0;
+#pragma unroll
+      for (int n = 0; n < 2 * kOutBlocks; n += 2) {
+        const float2 left = make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
+        const float2 right = make_float2(out[0][n + 1][2 * half], out[0][n + 1][2 * half + 1]);
+        const float2 sent = is_odd ? left : right, kept = is_odd ? right : left;
+        const float2 got = make_float2(__shfl_xor_sync(kFullWarp, sent.x, 1),
+                                       __shfl_xor_sync(kFullWarp, sent.y, 1));
+        const float4 x = is_odd ? make_float4(got.x, got.y, kept.x, kept.y)
+                                : make_float4(kept.x, kept.y, got.x, got.y);
+        const int column = (n + is_odd) * 8 + lane % 4 / 2 * 4;
+        if (row >= rows.num || column >= problem.head_dim_v) continue;
+        if (partial >= 0) {
+          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = total;
+          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
+                                     static_cast<int64>(row) * problem.head_dim_v + column) = x;
+        } else {
+          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
+                                rows.TokenOf(problem, row), column, x, total);
+        }
+      }
     }
   }
 
@@ -489,7 +540,12 @@ struct Decode {
       const int partial = first > 0      ? DecodeScratch::kHead
                           : last < count ? DecodeScratch::kTail
                                          : -1;
-      Store(params, rows, sequence, partial, out, softmax, smem_pointer, warp, lane);
+      if constexpr (C::kWgmma) {
+        StoreRows(params, rows, sequence, partial, out, softmax, row_warp, lane);
+        NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
+      } else {
+        Store(params, rows, sequence, partial, out, softmax, smem_pointer, warp, lane);
+      }
       walk.Advance(count);
     }
   }

@@ -58,8 +58,7 @@ struct DecodeCombine {
       const bool is_first =
           start[i] >= 0 && cta < header.num_ctas && stretches.Begin(cta - 1) <= start[i];
       const uint32 firsts = __ballot_sync(kFullWarp, is_first);
-      const bool is_it =
-          is_first && seen + __popc(firsts & ((1u << lane) - 1)) == index;
+      const bool is_it = is_first && seen + __popc(firsts & ((1u << lane) - 1)) == index;
       const uint32 it = __ballot_sync(kFullWarp, is_it);
       if (it != 0) found = i * kWarpSize + __ffs(it) - 1;
       seen += __popc(firsts);

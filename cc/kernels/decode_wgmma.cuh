@@ -23,9 +23,9 @@ struct DecodeWgmma {
 #pragma unroll
     for (int step = 0; step < kDimSteps; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(s, q + ((panel * PanelQ::kBytes + within) >> 4),
-                                                      k + ((panel * PanelN::kBytes + within) >> 4),
-                                                      step > 0);
+      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(
+          s, q + ((panel * PanelQ::kBytes + within) >> 4),
+          k + ((panel * PanelN::kBytes + within) >> 4), step > 0);
     }
     WgmmaCommit();
     WgmmaWait<0>();
@@ -52,8 +52,8 @@ struct DecodeWgmma {
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      Wgmma<C::kHeadDimV>::template Rs<C::kBf16, true>(
-          out, p[step], v + ((step * 16 * PanelN::kPitch) >> 4), 1);
+      Wgmma<C::kHeadDimV>::template Rs<C::kBf16, true>(out, p[step],
+                                                       v + ((step * 16 * PanelN::kPitch) >> 4), 1);
     }
     WgmmaCommit();
     WgmmaWait<0>();
