@@ -122,7 +122,8 @@ struct DecodeCopies {
     const FwdParams& fwd = params.fwd;
     const bool is_second =
         C::kTma && ReadThreadIndex() >= Kernel::kConsumers + kWarpSize;  // brings V
-    Walk walk(params, blockIdx.x);
+    Walk walk(params);
+    typename Kernel::Claims claims(smem + Kernel::kSmemClaims);
     Ring ring;
     if (is_second) ring.Advance();
     PageWindow window;
@@ -133,7 +134,17 @@ struct DecodeCopies {
       full = Kernel::Full(smem, ring.stage);
       ring.Advance();
     };
-    while (walk.tile < walk.length) {
+    while (true) {
+      if (walk.tile >= walk.length) {
+        if (!C::kClaims || walk.num_claims == 0) return;
+        const int claim =
+            ReadThreadIndex() < Kernel::kConsumers + kWarpSize
+                ? claims.Claim(&DecodeScratch::Of<C::kRows>(params).header->num_claimed,
+                               walk.num_claims)
+                : claims.Next();
+        if (claim < 0) return;
+        walk.Enter(params, walk.num_own + claim);
+      }
       const Blocks tiles(fwd.problem, walk.batch);
       const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
       const int last = Min(walk.length - walk.tile, count);
