@@ -272,43 +272,6 @@ struct Decode {
     }
   }
 
-  // Results of one tile whose rows each are with one warp, straight from fragments: final ones if
-  // the whole tile was visited here, else a partial one in scratch.
-  static JFA_DEVICE void StoreRows(const DecodeParams& params, const Rows& rows,
-                                   const Sequence& sequence, int stretch, int partial,
-                                   const Output& out, const OnlineSoftmax<1>& softmax, int row_warp,
-                                   int lane) {
-    const ProblemParams& problem = params.fwd.problem;
-    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * row_warp + lane / 4 + 8 * half;
-      const float2 total = make_float2(-softmax.neg_reference[half], QuadSum(softmax.sum[half]));
-      // Two lanes that have four columns of two blocks exchange, so that each has four of one.
-      const bool is_odd = lane % 2 != 0;
-#pragma unroll
-      for (int n = 0; n < 2 * kOutBlocks; n += 2) {
-        const float2 left = make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
-        const float2 right = make_float2(out[0][n + 1][2 * half], out[0][n + 1][2 * half + 1]);
-        const float2 sent = is_odd ? left : right, kept = is_odd ? right : left;
-        const float2 got = make_float2(__shfl_xor_sync(kFullWarp, sent.x, 1),
-                                       __shfl_xor_sync(kFullWarp, sent.y, 1));
-        const float4 x = is_odd ? make_float4(got.x, got.y, kept.x, kept.y)
-                                : make_float4(kept.x, kept.y, got.x, got.y);
-        const int column = (n + is_odd) * 8 + lane % 4 / 2 * 4;
-        if (row >= rows.num || column >= problem.head_dim_v) continue;
-        if (partial >= 0) {
-          if (column == 0) scratch.RowsOf(stretch, partial)[row] = total;
-          *reinterpret_cast<float4*>(scratch.OutOf(stretch, partial) +
-                                     static_cast<int64>(row) * problem.head_dim_v + column) = x;
-        } else {
-          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
-                                rows.TokenOf(problem, row), column, x, total);
-        }
-      }
-    }
-  }
-
   // Results of one tile, from the warps' fragments to rows in memory: final ones if the whole tile
   // was visited here, else a partial one in scratch; or, of a cluster, for each other and merged.
   static JFA_DEVICE void Store(const DecodeParams& params, const Rows& rows,
@@ -557,7 +520,8 @@ struct Decode {
                           : last < count ? DecodeScratch::kTail
                                          : -1;
       if constexpr (C::kWgmma) {
-        StoreRows(params, rows, sequence, walk.stretch, partial, out, softmax, row_warp, lane);
+        DecodeWgmma<C, PanelQ, PanelN>::Store(params, rows, sequence, walk.stretch, partial, out,
+                                              softmax, row_warp, lane);
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
       } else {
         Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem_pointer, warp,

@@ -1,8 +1,9 @@
-// The products of decode.cuh for tiles of 64 rows and more: by warpgroups, which read each key from
-// shared memory once for 64 rows.
+// Tiles of 64 rows and more in decode.cuh: products by warpgroups, which read each key from shared
+// memory once for 64 rows, and what becomes of their results.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_WGMMA_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_WGMMA_CUH_
 
+#include "decode_share.cuh"
 #include "ptx_sm90.cuh"
 #include "softmax.cuh"
 
@@ -58,6 +59,44 @@ struct DecodeWgmma {
     WgmmaCommit();
     WgmmaWait<0>();
     Pin(out);
+  }
+
+  // Results of one tile whose rows each are with one warp, straight from fragments: final ones if
+  // the whole tile was visited here, else a partial one in scratch.
+  static JFA_DEVICE void Store(const DecodeParams& params,
+                               const DecodeRows<C::kRows, C::kTileHeads>& rows,
+                               const Sequence& sequence, int stretch, int partial,
+                               const float (&out)[1][C::kHeadDimV / 8][4],
+                               const OnlineSoftmax<1>& softmax, int row_warp, int lane) {
+    const ProblemParams& problem = params.fwd.problem;
+    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * row_warp + lane / 4 + 8 * half;
+      const float2 total = make_float2(-softmax.neg_reference[half], QuadSum(softmax.sum[half]));
+      // Two lanes that have four columns of two blocks exchange, so that each has four of one.
+      const bool is_odd = lane % 2 != 0;
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimV / 8; n += 2) {
+        const float2 left = make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
+        const float2 right = make_float2(out[0][n + 1][2 * half], out[0][n + 1][2 * half + 1]);
+        const float2 sent = is_odd ? left : right, kept = is_odd ? right : left;
+        const float2 got = make_float2(__shfl_xor_sync(kFullWarp, sent.x, 1),
+                                       __shfl_xor_sync(kFullWarp, sent.y, 1));
+        const float4 x = is_odd ? make_float4(got.x, got.y, kept.x, kept.y)
+                                : make_float4(kept.x, kept.y, got.x, got.y);
+        const int column = (n + is_odd) * 8 + lane % 4 / 2 * 4;
+        if (row >= rows.num || column >= problem.head_dim_v) continue;
+        if (partial >= 0) {
+          if (column == 0) scratch.RowsOf(stretch, partial)[row] = total;
+          *reinterpret_cast<float4*>(scratch.OutOf(stretch, partial) +
+                                     static_cast<int64>(row) * problem.head_dim_v + column) = x;
+        } else {
+          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
+                                rows.TokenOf(problem, row), column, x, total);
+        }
+      }
+    }
   }
 };
 
