@@ -520,8 +520,9 @@ struct Decode {
                           : last < count ? DecodeScratch::kTail
                                          : -1;
       if constexpr (C::kWgmma) {
+        NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
         DecodeWgmma<C, PanelQ, PanelN>::Store(params, rows, sequence, walk.stretch, partial, out,
-                                              softmax, row_warp, lane);
+                                              softmax, smem + kSmemQ, row_warp, lane);
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
       } else {
         Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem_pointer, warp,

@@ -13,6 +13,8 @@ namespace jfa {
 
 template <class C>
 struct DecodeCombine {
+  static constexpr int kAtOnce = 8;
+
   // Values under a reference, and reference and sum of their weights.
   struct Part {
     float4 x;
@@ -98,10 +100,6 @@ struct DecodeCombine {
     const bool has_row = rows.Exists(problem, row);
 
     const int num_parts = stretches.IndexOf(tile.tile_end - 1) - first + 2;
-    const auto stretch_of = [&](int part) { return first - 1 + part; };
-    const auto which = [](int part) {
-      return part == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
-    };
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
     const int token = rows.TokenOf(problem, row), head = rows.HeadOf(problem, row);
     for (int column0 = 0; column0 < problem.head_dim_v; column0 += 4 * kWarpSize) {
@@ -109,14 +107,22 @@ struct DecodeCombine {
       const bool has_columns = has_row && column < problem.head_dim_v;
       Part sum;
       if (has_columns) {
-        // In one pass, as by an online softmax: all of several parts is asked for at once.
-#pragma unroll 8
-        for (int part = share; part < num_parts; part += 1 << log2) {
-          const float2 stat = scratch.RowsOf(stretch_of(part), which(part))[row];
-          const float4 x = *reinterpret_cast<const float4*>(
-              scratch.OutOf(stretch_of(part), which(part)) +
-              static_cast<int64>(row) * problem.head_dim_v + column);
-          sum.Add(x, stat);
+        // In one pass, as by an online softmax.
+        for (int part = share; part < num_parts; part += kAtOnce << log2) {
+          Part parts_of[kAtOnce];  // all are asked for before one is waited for
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int p = part + (i << log2);
+            if (p >= num_parts) break;
+            const int stretch = first - 1 + p;
+            const int which = p == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
+            parts_of[i].total = scratch.RowsOf(stretch, which)[row];
+            parts_of[i].x = *reinterpret_cast<const float4*>(
+                scratch.OutOf(stretch, which) + static_cast<int64>(row) * problem.head_dim_v +
+                column);
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) sum.Add(parts_of[i].x, parts_of[i].total);
         }
       }
       if (log2 > 0) {
