@@ -1,0 +1,89 @@
+// Keys and values of 8-bit floats for fwd_sm90.cuh, whose products want 16 bits: as f16, which
+// holds every e4m3 and e5m2.
+//
+//   K, V  --copy engine-->  8 bits, shared memory  --three warps, by way of registers-->  tiles of
+//                                                                    f16 as they are of 16-bit keys
+//
+// Order       One ring of kStages8 buffers has blocks of K and of V in the order in which they are
+//             used, so that nobody waits for what comes behind; a note says what a buffer holds.
+// Padding     Values behind a sequence's keys become zeros here: it may be NaN, which a weight of
+//             zero doesn't silence.
+// Queries     Those of bf16 become f16 too, by the warp that owns the rows, with a power of two as
+//             in fragments_fp8.cuh.
+// Scales      k's goes with the softmax's, v's with the factors of the output's rows.
+#ifndef JAX_FLASHATTN_CC_KERNELS_KEYS_FP8_SM90_CUH_
+#define JAX_FLASHATTN_CC_KERNELS_KEYS_FP8_SM90_CUH_
+
+#include "fragments_fp8.cuh"
+#include "ptx_sm90.cuh"
+
+namespace jfa {
+
+template <class C>
+struct KeysFp8Sm90 {
+  static constexpr int kWarps = 3;  // that convert, from warp 1 of the CTA on
+  static constexpr int kRowBytes = 128;
+  static constexpr int kPanelBytes = C::kBlockN * kRowBytes;  // 128 columns of 8 bits, 64 of 16
+  static constexpr int kPanelsK = (C::kHeadDim + 127) / 128, kPanelsV = (C::kHeadDimV + 127) / 128;
+  static constexpr int kBytes = (kPanelsK > kPanelsV ? kPanelsK : kPanelsV) * kPanelBytes;
+
+  // What a buffer holds: keys, values of which so many count, or nothing more.
+  enum Note { kKeys = -1, kEnd = -2 };
+
+  // A block as f16; rows from `count` on as zeros. Both tiles lie under the 128-byte swizzle. The
+  // eight lanes that memory serves at a time have four chunks each of rows r and r ^ 5: no two of
+  // them in the same banks, neither when they read nor when they write every other chunk.
+  template <bool kE5m2, int kPanels>
+  static JFA_DEVICE void ConvertBlock(uint32 source, uint32 target, int count) {
+    const int lane = ReadLaneIndex(), quarter = lane % 4;
+    const int row = (lane >> 3) ^ (lane & 4 ? 5 : 0);
+#pragma unroll 2
+    for (int first = 8 * (ReadThreadIndex() / kWarpSize - 1); first < C::kBlockN;
+         first += 8 * kWarps) {
+      const uint32 offset = (first + row) * kRowBytes;
+      const bool counts = first + row < count;
+      uint4 x[kPanels];
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int chunk = panel % 2 * 4 + quarter;
+        x[panel] = LoadShared16(source + panel / 2 * kPanelBytes + offset + ((chunk ^ row) << 4));
+        if (!counts) x[panel] = make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        uint4 low, high;
+        Float8<kE5m2>::InOrder(x[panel].x, low.x, low.y);
+        Float8<kE5m2>::InOrder(x[panel].y, low.z, low.w);
+        Float8<kE5m2>::InOrder(x[panel].z, high.x, high.y);
+        Float8<kE5m2>::InOrder(x[panel].w, high.z, high.w);
+        const uint32 at = target + panel * kPanelBytes + offset + (((2 * quarter) ^ row) << 4);
+        StoreShared16(at, low);
+        StoreShared16(at ^ 16, high);
+      }
+    }
+  }
+
+  // This warp's 16 rows of a tile of queries in place, of which num_rows count; returns what their
+  // scores must be multiplied with. Rows are 128 bytes in panels under the swizzle.
+  static JFA_DEVICE float ConvertQueries(uint32 rows, int panel_bytes, int num_rows) {
+    if constexpr (!C::kBf16) return 1.f;
+    constexpr int kChunks = C::kHeadDim / 8;
+    const auto at = [=](int row, int chunk) {
+      return rows + chunk / 8 * panel_bytes + row * kRowBytes + ((chunk % 8 ^ row % 8) << 4);
+    };
+    const QueryScale scale(LargestExponent<kChunks>(at, 0, Clamp(num_rows, 0, 16)));
+    __syncwarp();
+#pragma unroll 4
+    for (int i = ReadLaneIndex(); i < 16 * kChunks; i += kWarpSize) {
+      const uint32 chunk = at(i / kChunks, i % kChunks);
+      const uint4 x = LoadShared16(chunk);
+      StoreShared16(chunk, make_uint4(scale.Convert(x.x), scale.Convert(x.y), scale.Convert(x.z),
+                                      scale.Convert(x.w)));
+    }
+    return scale.back;
+  }
+};
+
+}  // namespace jfa
+
+#endif  // JAX_FLASHATTN_CC_KERNELS_KEYS_FP8_SM90_CUH_
