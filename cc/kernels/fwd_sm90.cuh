@@ -18,8 +18,7 @@
 //             product of a tile starts before the last one of the tile before, if there is room
 //             for two Q.
 // Shared      kStagesQ buffers of Q, kStages of K and of V, kStages8 of either in 8 bits, each with
-// a
-//             full and an empty mbarrier; the output, if there is room. plan.cc computes the same
+//             a full and an empty mbarrier; the output, if there is room. plan.cc computes the same
 //             sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
 //             more, of 240 (two consumers), 160 (three) or 112 (four).
@@ -74,7 +73,7 @@ struct FwdSm90 {
   static constexpr int kBytesQ = kPanels * kPanelBytesM;
   static constexpr int kBytesK = kPanels * kPanelBytesN;
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
-  using Keys8 = KeysFp8Sm90<C>;
+  using Keys8 = KeysFp8Sm90<C, FwdSm90>;
   static constexpr bool kBf16 = C::kBf16 && !C::kFp8;           // what is multiplied
   static constexpr int kWriters = C::kFp8 ? Keys8::kWarps : 1;  // of a buffer of K or V
   static constexpr bool kTwoProducers = C::kPaged && !C::kFp8;
@@ -88,7 +87,7 @@ struct FwdSm90 {
   static constexpr int kTileSlots = 3, kSlotBytes = 256;
   static constexpr int kSmemNotes =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots + 2 * C::kStages8);
-  static constexpr int kSmemTiles = kSmemNotes + (C::kFp8 ? 16 : 0);
+  static constexpr int kSmemTiles = kSmemNotes + Keys8::kNoteBytes;
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
   enum Barrier {
     kFullQ = 0,
@@ -138,32 +137,11 @@ struct FwdSm90 {
   static JFA_DEVICE Work* Slot(unsigned char* smem, int slot) {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
   }
-  static JFA_DEVICE int* NoteAt(unsigned char* smem, int stage) {
-    return reinterpret_cast<int*>(smem + kSmemNotes) + stage;
-  }
 
   // --- producer: one warp, of which one lane gives the orders ---------------------------------
 
   using Copies = CopiesSm90<C>;
   using KeyPlace = typename Copies::KeyPlace;
-
-  // A block of 8-bit keys or values to the ring of those to be converted; `what` is it.
-  template <int kPanelCount>
-  static JFA_DEVICE void Load8(const FwdSm90Params& params, const TensorMap* map,
-                               unsigned char* smem_pointer, Ring8& ring, int what,
-                               const KeyPlace& place, bool leader) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    const uint32 full = Address(smem, kFull8, ring.stage),
-                 empty = Address(smem, kEmpty8, ring.stage);
-    if (leader) {
-      MbarrierWait(empty, ring.parity ^ 1);
-      *NoteAt(smem_pointer, ring.stage) = what;
-    }
-    __syncwarp();
-    Copies::template LoadKeys<kPanelCount>(params, map, smem + kSmem8 + ring.stage * Keys8::kBytes,
-                                           full, empty, ring.parity, place, leader);
-    ring.Advance();
-  }
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const ProblemParams& problem = params.fwd.problem;
@@ -177,8 +155,7 @@ struct FwdSm90 {
     Ring8 either;
     const auto load_keys = [&](const KeyPlace& place) {
       if constexpr (C::kFp8) {
-        Load8<Keys8::kPanelsK>(params, &params.k, smem_pointer, either, Keys8::kKeys, place,
-                               leader);
+        Keys8::LoadKeys(params, smem_pointer, either, place, leader);
       } else {
         Copies::template LoadKeys<kPanels>(
             params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
@@ -193,7 +170,7 @@ struct FwdSm90 {
     const auto load_values = [&] {
       if (kTwoProducers || values.row < 0) return;
       if constexpr (C::kFp8) {
-        Load8<Keys8::kPanelsV>(params, &params.v, smem_pointer, either, num_values, values, leader);
+        Keys8::LoadValues(params, smem_pointer, either, values, num_values, leader);
       } else {
         Copies::template LoadKeys<kPanelsV>(
             params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
@@ -207,12 +184,7 @@ struct FwdSm90 {
       if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       __syncwarp();
       slot->Set(problem, tile, leader);
-      if (leader) {
-        if constexpr (C::kFp8) {
-          slot->logits.ScaleScores(ScoreScale(params.fwd, tile.batch, tile.kv_head));
-        }
-        MbarrierArrive(Address(smem, kFullTile, t.stage));
-      }
+      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
       t.Advance();
       // From here on the tile is read where it was written, to save registers.
       bool is_first = true;
@@ -249,43 +221,7 @@ struct FwdSm90 {
       MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Slot(smem_pointer, t.stage)->tile.row0 = -1;
       MbarrierArrive(Address(smem, kFullTile, t.stage));
-      if constexpr (C::kFp8) {
-        MbarrierWait(Address(smem, kEmpty8, either.stage), either.parity ^ 1);
-        *NoteAt(smem_pointer, either.stage) = Keys8::kEnd;
-        MbarrierArrive(Address(smem, kFull8, either.stage));
-      }
-    }
-  }
-
-  // The three warps that turn 8-bit keys and values into f16.
-  static JFA_DEVICE void ConvertKeys(unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    Ring8 either;
-    Ring k, v;
-    while (true) {
-      MbarrierWait(Address(smem, kFull8, either.stage), either.parity);
-      const int what = *NoteAt(smem_pointer, either.stage);
-      if (what == Keys8::kEnd) return;
-      const uint32 source = smem + kSmem8 + either.stage * Keys8::kBytes;
-      uint32 full;
-      if (what == Keys8::kKeys) {
-        MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-        Keys8::template ConvertBlock<C::kE5m2K, kPanels>(source, smem + kSmemK + k.stage * kBytesK,
-                                                         C::kBlockN);
-        full = Address(smem, kFullK, k.stage);
-        k.Advance();
-      } else {
-        MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-        Keys8::template ConvertBlock<C::kE5m2V, kPanelsV>(source, smem + kSmemV + v.stage * kBytesV,
-                                                          what);
-        full = Address(smem, kFullV, v.stage);
-        v.Advance();
-      }
-      FenceProxyAsync();
-      __syncwarp();
-      Arrive(full);
-      Arrive(Address(smem, kEmpty8, either.stage));
-      either.Advance();
+      if constexpr (C::kFp8) Keys8::End(smem_pointer, either);
     }
   }
 
@@ -387,7 +323,7 @@ struct FwdSm90 {
   // zero twice does no harm.
   static JFA_DEVICE void ClearPadding(const ProblemParams& problem, const Work& work, int block,
                                       uint32 smem, const Ring& v, int group) {
-    if (C::kFp8) return;  // it is done
+    if constexpr (C::kFp8) return;  // who converts does it
     const Sequence& sequence = work.tile.sequence;
     const int row = sequence.kv_len - block * C::kBlockN;
     if (row >= C::kBlockN) return;
@@ -510,12 +446,17 @@ struct FwdSm90 {
         MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
         q.Advance();
       };
+      float score_scale = 1.f;
+      if constexpr (C::kFp8) {
+        score_scale = ScoreScale(params.fwd, work.tile.batch, work.tile.kv_head);
+      }
       wait_q();
       if constexpr (C::kFp8) {
         const int row = ReadThreadIndex() % kGroupThreads / kWarpSize * 16;
-        work.logits.ScaleScores(Keys8::ConvertQueries(
+        score_scale *= Keys8::ConvertQueries(
             smem_q + row * kRowBytes, kPanelBytesM,
-            work.tile.sequence.q_len - work.tile.row0 - group * kGroupRows - row));
+            work.tile.sequence.q_len - work.tile.row0 - group * kGroupRows - row);
+        work.logits.ScaleScores(score_scale);
         softmax.scale = work.logits.Scale();
         FenceProxyAsync();
         NamedBarrierSync(kGroup + group, kGroupThreads);
@@ -656,7 +597,7 @@ struct FwdSm90 {
       if (threadIdx.x < kWarpSize) {
         Produce(params, smem_pointer);
       } else if constexpr (C::kFp8) {
-        ConvertKeys(smem_pointer);
+        Keys8::Convert(smem_pointer);
       } else if (kTwoProducers && threadIdx.x < 2 * kWarpSize) {
         ProduceValues(params, smem_pointer);
       }

@@ -14,12 +14,14 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_KEYS_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_KEYS_FP8_SM90_CUH_
 
+#include "barriers.cuh"
+#include "copies_sm90.cuh"
 #include "fragments_fp8.cuh"
-#include "ptx_sm90.cuh"
 
 namespace jfa {
 
-template <class C>
+// Kernel: FwdSm90<C>, whose shared memory this is.
+template <class C, class Kernel>
 struct KeysFp8Sm90 {
   static constexpr int kWarps = 3;  // that convert, from warp 1 of the CTA on
   static constexpr int kRowBytes = 128;
@@ -27,8 +29,85 @@ struct KeysFp8Sm90 {
   static constexpr int kPanelsK = (C::kHeadDim + 127) / 128, kPanelsV = (C::kHeadDimV + 127) / 128;
   static constexpr int kBytes = (kPanelsK > kPanelsV ? kPanelsK : kPanelsV) * kPanelBytes;
 
-  // What a buffer holds: keys, values of which so many count, or nothing more.
+  using Ring = RingPosition<C::kStages8>;
+  using KeyPlace = typename CopiesSm90<C>::KeyPlace;
+
+  // What a buffer holds: keys, values of which so many count, or that nothing follows.
   enum Note { kKeys = -1, kEnd = -2 };
+  static constexpr int kNoteBytes = C::kFp8 ? 16 : 0;
+  static JFA_DEVICE int* NoteAt(unsigned char* smem, int stage) {
+    return reinterpret_cast<int*>(smem + Kernel::kSmemNotes) + stage;
+  }
+
+  // --- the producer -----------------------------------------------------------------------------
+
+  static JFA_DEVICE void LoadKeys(const FwdSm90Params& params, unsigned char* smem, Ring& ring,
+                                  const KeyPlace& place, bool leader) {
+    Load<kPanelsK>(params, &params.k, smem, ring, place, kKeys, leader);
+  }
+  static JFA_DEVICE void LoadValues(const FwdSm90Params& params, unsigned char* smem, Ring& ring,
+                                    const KeyPlace& place, int count, bool leader) {
+    Load<kPanelsV>(params, &params.v, smem, ring, place, count, leader);
+  }
+  template <int kPanels>
+  static JFA_DEVICE void Load(const FwdSm90Params& params, const TensorMap* map,
+                              unsigned char* smem_pointer, Ring& ring, const KeyPlace& place,
+                              int note, bool leader) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    const uint32 full = Kernel::Address(smem, Kernel::kFull8, ring.stage),
+                 empty = Kernel::Address(smem, Kernel::kEmpty8, ring.stage);
+    if (leader) {
+      MbarrierWait(empty, ring.parity ^ 1);
+      *NoteAt(smem_pointer, ring.stage) = note;
+    }
+    __syncwarp();
+    CopiesSm90<C>::template LoadKeys<kPanels>(params, map,
+                                              smem + Kernel::kSmem8 + ring.stage * kBytes, full,
+                                              empty, ring.parity, place, leader);
+    ring.Advance();
+  }
+  // By one lane.
+  static JFA_DEVICE void End(unsigned char* smem_pointer, const Ring& ring) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    MbarrierWait(Kernel::Address(smem, Kernel::kEmpty8, ring.stage), ring.parity ^ 1);
+    *NoteAt(smem_pointer, ring.stage) = kEnd;
+    MbarrierArrive(Kernel::Address(smem, Kernel::kFull8, ring.stage));
+  }
+
+  // --- what converts ----------------------------------------------------------------------------
+
+  // All there is, by kWarps warps.
+  static JFA_DEVICE void Convert(unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    const auto barrier = [=](int first, int stage) { return Kernel::Address(smem, first, stage); };
+    Ring ring;
+    RingPosition<C::kStages> k, v;
+    while (true) {
+      MbarrierWait(barrier(Kernel::kFull8, ring.stage), ring.parity);
+      const int note = *NoteAt(smem_pointer, ring.stage);
+      if (note == kEnd) return;
+      const uint32 source = smem + Kernel::kSmem8 + ring.stage * kBytes;
+      uint32 full;
+      if (note == kKeys) {
+        MbarrierWait(barrier(Kernel::kEmptyK, k.stage), k.parity ^ 1);
+        ConvertBlock<C::kE5m2K, Kernel::kPanels>(
+            source, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK, C::kBlockN);
+        full = barrier(Kernel::kFullK, k.stage);
+        k.Advance();
+      } else {
+        MbarrierWait(barrier(Kernel::kEmptyV, v.stage), v.parity ^ 1);
+        ConvertBlock<C::kE5m2V, Kernel::kPanelsV>(
+            source, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV, note);
+        full = barrier(Kernel::kFullV, v.stage);
+        v.Advance();
+      }
+      FenceProxyAsync();
+      __syncwarp();
+      Kernel::Arrive(full);
+      Kernel::Arrive(barrier(Kernel::kEmpty8, ring.stage));
+      ring.Advance();
+    }
+  }
 
   // A block as f16; rows from `count` on as zeros. Both tiles lie under the 128-byte swizzle. The
   // eight lanes that memory serves at a time have four chunks each of rows r and r ^ 5: no two of
@@ -62,6 +141,8 @@ struct KeysFp8Sm90 {
       }
     }
   }
+
+  // --- consumers --------------------------------------------------------------------------------
 
   // This warp's 16 rows of a tile of queries in place, of which num_rows count; returns what their
   // scores must be multiplied with. Rows are 128 bytes in panels under the swizzle.
