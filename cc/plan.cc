@@ -148,10 +148,9 @@ KernelSpec MakeBwdSm90(const Variant& variant, const Common& common) {
   const int warps = 12, exchanged = wide ? 4 : 2;  // panels of P and dS
   const int panels = (common.head_dim + 63) / 64 + (common.head_dim_v + 63) / 64;
   // K, V, Q and dO; what warpgroups exchange; the rows' statistics; barriers.
-  const int smem =
-      128 * panels * (tile.block_n + tile.stages * tile.block_m) +
-      2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
-      8 * (1 + 4 * tile.stages);
+  const int smem = 128 * panels * (tile.block_n + tile.stages * tile.block_m) +
+                   2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
+                   8 * (1 + 4 * tile.stages);
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kDqSums", !variant.deterministic);
@@ -257,8 +256,7 @@ Plan MakePlan(const Variant& variant, int arch) {
   const bool bwd_sm90 = sm90.head_dim > 0;
   const Common common = MakeCommon(variant, info, bwd_sm90 ? sm90 : ClassesOf(variant));
   if (variant.fp8) {
-    plan.kernels = {MakeFwdFp8(variant, common.head_dim, common.head_dim_v, info.smem_kb * 1024,
-                               common.l2_bytes)};
+    plan.kernels = {MakeFwdFp8(variant, common, info)};
   } else if (variant.op == Op::kDecode) {
     if (!common.aligned || variant.segments || variant.packed) {
       plan.error = "decode: expected head dims that are multiples of 8, no segments and no packing";
