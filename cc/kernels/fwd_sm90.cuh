@@ -51,9 +51,10 @@ struct FwdSm90 {
   static constexpr int kDimSteps = C::kHeadDim / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
   // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
-  // To convert keys takes as much.
+  // To convert keys takes more.
   static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged || C::kFp8;
-  static constexpr int kProducerRegisters = kSearches                    ? 56
+  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 80
+                                            : kSearches                  ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;

@@ -24,6 +24,7 @@ namespace jfa {
 template <class C, class Kernel>
 struct KeysFp8Sm90 {
   static constexpr int kWarps = 3;  // that convert, from warp 1 of the CTA on
+  static constexpr int kAtOnce = C::kBlockM > 128 ? 2 : 4;  // loads, as registers allow
   static constexpr int kRowBytes = 128;
   static constexpr int kPanelBytes = C::kBlockN * kRowBytes;  // 128 columns of 8 bits, 64 of 16
   static constexpr int kPanelsK = (C::kHeadDim + 127) / 128, kPanelsV = (C::kHeadDimV + 127) / 128;
@@ -112,32 +113,69 @@ struct KeysFp8Sm90 {
   // A block as f16; rows from `count` on as zeros. Both tiles lie under the 128-byte swizzle. The
   // eight lanes that memory serves at a time have four chunks each of rows r and r ^ 5: no two of
   // them in the same banks, neither when they read nor when they write every other chunk.
+  //
+  // The next batch is asked for before one is converted: three warps can't hide a load otherwise.
   template <bool kE5m2, int kPanels>
   static JFA_DEVICE void ConvertBlock(uint32 source, uint32 target, int count) {
+    constexpr int kGroups = C::kBlockN / 8, kTurns = (kGroups + kWarps - 1) / kWarps;
+    constexpr int kTurnBytes = kWarps * 8 * kRowBytes;
+    constexpr int kBatch = kPanels >= kAtOnce ? 1 : kAtOnce / kPanels,
+                  kBatches = (kTurns + kBatch - 1) / kBatch;
     const int lane = ReadLaneIndex(), quarter = lane % 4;
+    const int warp = ReadThreadIndex() / kWarpSize - 1;
     const int row = (lane >> 3) ^ (lane & 4 ? 5 : 0);
-#pragma unroll 2
-    for (int first = 8 * (ReadThreadIndex() / kWarpSize - 1); first < C::kBlockN;
-         first += 8 * kWarps) {
-      const uint32 offset = (first + row) * kRowBytes;
-      const bool counts = first + row < count;
-      uint4 x[kPanels];
+    const uint32 from = source + (8 * warp + row) * kRowBytes + ((quarter ^ row) << 4);
+    const uint32 to = target + (8 * warp + row) * kRowBytes + (((2 * quarter) ^ row) << 4);
+    const auto has = [=](int turn) {  // the last turn may be without some warps
+      return turn + 1 < kTurns || (turn < kTurns && warp + turn * kWarps < kGroups);
+    };
+    uint4 x[2][kBatch][kPanels];
+    const auto load = [&](int batch) {
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int chunk = panel % 2 * 4 + quarter;
-        x[panel] = LoadShared16(source + panel / 2 * kPanelBytes + offset + ((chunk ^ row) << 4));
-        if (!counts) x[panel] = make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kBatch; ++i) {
+        const int turn = batch * kBatch + i;
+        if (!has(turn)) continue;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          x[batch % 2][i][panel] = LoadShared16((panel % 2 ? from ^ 64 : from) +
+                                                panel / 2 * kPanelBytes + turn * kTurnBytes);
+        }
       }
+    };
+    const auto convert = [&](int batch) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int turn = batch * kBatch + i;
+        if (!has(turn)) continue;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          const uint32 offset = panel * kPanelBytes + turn * kTurnBytes;
+          const uint4 bytes = x[batch % 2][i][panel];
+          uint4 y;
+          Float8<kE5m2>::InOrder(bytes.x, y.x, y.y);
+          Float8<kE5m2>::InOrder(bytes.y, y.z, y.w);
+          StoreShared16(to + offset, y);
+          Float8<kE5m2>::InOrder(bytes.z, y.x, y.y);
+          Float8<kE5m2>::InOrder(bytes.w, y.z, y.w);
+          StoreShared16((to ^ 16) + offset, y);
+        }
+      }
+    };
+    load(0);
+#pragma unroll
+    for (int batch = 0; batch < kBatches; ++batch) {
+      if (batch + 1 < kBatches) load(batch + 1);
+      convert(batch);
+    }
+    if (count >= C::kBlockN) return;
+#pragma unroll 1
+    for (int first = 8 * warp; first < C::kBlockN; first += 8 * kWarps) {
+      if (first + row < count) continue;
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        uint4 low, high;
-        Float8<kE5m2>::InOrder(x[panel].x, low.x, low.y);
-        Float8<kE5m2>::InOrder(x[panel].y, low.z, low.w);
-        Float8<kE5m2>::InOrder(x[panel].z, high.x, high.y);
-        Float8<kE5m2>::InOrder(x[panel].w, high.z, high.w);
-        const uint32 at = target + panel * kPanelBytes + offset + (((2 * quarter) ^ row) << 4);
-        StoreShared16(at, low);
-        StoreShared16(at ^ 16, high);
+        const uint32 at = to + panel * kPanelBytes + (first - 8 * warp) * kRowBytes;
+        StoreShared16(at, make_uint4(0, 0, 0, 0));
+        StoreShared16(at ^ 16, make_uint4(0, 0, 0, 0));
       }
     }
   }
