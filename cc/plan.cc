@@ -64,7 +64,7 @@ KernelSpec MakeFwd(const Variant& variant, Common common, const ArchInfo& arch) 
 // Its copies want 16-byte rows. At head dim 32 half of each product would be padding; at 64 its
 // large tiles lose to the smaller ones of the older kernel where sequences or segments are short.
 bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
-  if (arch != 90 || !common.aligned || variant.fp8_kv) return false;
+  if (arch != 90 || !common.aligned) return false;
   if (variant.family == Family::kSm80) return false;
   if (variant.family == Family::kSm90) return true;
   if (variant.schedule == Schedule::kPersistent) return true;  // the only one that has it
@@ -77,17 +77,22 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   common.head_dim_v = std::max(common.head_dim_v, 64);
   const FwdSm90Tile tile = PickFwdSm90Tile(common.head_dim, common.head_dim_v, variant);
   const int warps = 4 * (tile.block_m / 64 + 1);
-  // Panels of 64 columns, 128 bytes a row; then barriers: Q's two, and K's and V's per stage.
+  // Panels of 64 columns, 128 bytes a row, or of 128 in 8 bits; then barriers: Q's two, and K's and
+  // V's per stage; notes on what is in 8 bits.
   const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
   const int inputs = 128 * (panels * tile.stages_q * tile.block_m +
-                            tile.stages * (panels + panels_v) * tile.block_n);
-  const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages) + kTileSlotBytes;
+                            tile.stages * (panels + panels_v) * tile.block_n +
+                            tile.stages_8 * ((std::max(panels, panels_v) + 1) / 2) * tile.block_n);
+  const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages + 2 * tile.stages_8) +
+                       (variant.fp8_kv ? 16 : 0) + kTileSlotBytes;
   const int output = 128 * panels_v * tile.block_m;
   const bool stage_out = inputs + output + barriers <= smem_kb * 1024;
   const int smem = inputs + (stage_out ? output : 0) + barriers;
   Fields fields = CommonFields(variant, common, warps, 1);
+  AddKeyDtypes(&fields, variant);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddInt(&fields, "kStages8", tile.stages_8);
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
@@ -96,10 +101,12 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   medium.keys = Length::kMedium;
   const bool own = !(tile == PickFwdSm90Tile(common.head_dim, common.head_dim_v, medium));
   const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
-  return {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
-          fields,         warps * 32,
-          smem,           tile.block_m,
-          tile.block_n};
+  KernelSpec kernel = {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
+                       fields,         warps * 32,
+                       smem,           tile.block_m,
+                       tile.block_n};
+  if (variant.fp8_kv) kernel.kv_bytes = 1;
+  return kernel;
 }
 
 KernelSpec MakeBwdMain(const Variant& variant, const Common& common, const ArchInfo& arch) {
@@ -129,8 +136,7 @@ TileClasses BwdSm90Classes(const Variant& variant) {
       variant.family == Family::kSm80 || (size == 32 && variant.family != Family::kSm90)) {
     return {0, 0};
   }
-  if (size <= 64) return {64, 64};
-  if (size <= 128) return {128, 128};
+  if (size <= 128) return {std::max(size, 64), std::max(size, 64)};
   const auto panels = [](int dim) { return (dim + 63) / 64 * 64; };
   return {panels(variant.head_dim), panels(variant.head_dim_v)};
 }
@@ -140,11 +146,11 @@ KernelSpec MakeBwdSm90(const Variant& variant, const Common& common) {
   const bool wide = size > 128;
   const BwdSm90Tile tile = PickBwdSm90Tile(size);
   const int warps = 12, exchanged = wide ? 4 : 2;  // panels of P and dS
+  const int panels = (common.head_dim + 63) / 64 + (common.head_dim_v + 63) / 64;
   // K, V, Q and dO; what warpgroups exchange; the rows' statistics; barriers.
-  const int smem =
-      2 * (common.head_dim + common.head_dim_v) * (tile.block_n + tile.stages * tile.block_m) +
-      2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
-      8 * (1 + 4 * tile.stages);
+  const int smem = 128 * panels * (tile.block_n + tile.stages * tile.block_m) +
+                   2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
+                   8 * (1 + 4 * tile.stages);
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kDqSums", !variant.deterministic);
@@ -250,8 +256,7 @@ Plan MakePlan(const Variant& variant, int arch) {
   const bool bwd_sm90 = sm90.head_dim > 0;
   const Common common = MakeCommon(variant, info, bwd_sm90 ? sm90 : ClassesOf(variant));
   if (variant.fp8) {
-    plan.kernels = {MakeFwdFp8(variant, common.head_dim, common.head_dim_v, info.smem_kb * 1024,
-                               common.l2_bytes)};
+    plan.kernels = {MakeFwdFp8(variant, common, info)};
   } else if (variant.op == Op::kDecode) {
     if (!common.aligned || variant.segments || variant.packed) {
       plan.error = "decode: expected head dims that are multiples of 8, no segments and no packing";

@@ -31,10 +31,6 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
   return {128, plain ? 96 : 64, false, 1, 2};
 }
 
-const char* Name(Mask mask) {
-  return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "local";
-}
-
 }  // namespace
 
 std::string CheckFp8(const Variant& variant, int arch) {
@@ -54,75 +50,51 @@ std::string CheckFp8(const Variant& variant, int arch) {
   return "";
 }
 
-KernelSpec MakeFwdFp8(const Variant& variant, int head_dim, int head_dim_v, int smem_bytes,
-                      int l2_bytes) {
-  head_dim = std::max(head_dim, 64);
-  head_dim_v = std::max(head_dim_v, 64);
-  const Tile tile = PickTile(head_dim, head_dim_v, variant);
+KernelSpec MakeFwdFp8(const Variant& variant, Common common, const ArchInfo& arch) {
+  common.head_dim = std::max(common.head_dim, 64);
+  common.head_dim_v = std::max(common.head_dim_v, 64);
+  const Tile tile = PickTile(common.head_dim, common.head_dim_v, variant);
   constexpr int kStages = 2;
   const int warps = 4 * (tile.block_m / 64 + 1);
   const auto panels = [](int columns, int width) { return (columns + width - 1) / width; };
   // As the struct lays it out: panels of 128 bytes a row, the output, barriers, slots of tiles.
-  const int panels_k = panels(head_dim, 128), panels_v = panels(head_dim_v, 128);
+  const int panels_k = panels(common.head_dim, 128), panels_v = panels(common.head_dim_v, 128);
   const int inputs =
-      128 *
-      (tile.stages_q * panels_k * tile.block_m + kStages * panels_k * tile.block_n +
-       tile.stages_v * panels_v * tile.block_n + kStages * panels(tile.block_n, 128) * head_dim_v);
+      128 * (tile.stages_q * panels_k * tile.block_m + kStages * panels_k * tile.block_n +
+             tile.stages_v * panels_v * tile.block_n +
+             kStages * panels(tile.block_n, 128) * common.head_dim_v);
   constexpr int kSlots = 3, kSlotBytes = 256, kKeysBytes = 16;
   const int control = 8 * (2 * tile.stages_q + 4 * kStages + 2 * tile.stages_v + 2 * kSlots) +
                       kKeysBytes + kSlots * kSlotBytes;
-  const int output = 128 * panels(head_dim_v, 64) * tile.block_m;
-  const bool stage_out = inputs + control + output <= smem_bytes;
+  const int output = 128 * panels(common.head_dim_v, 64) * tile.block_m;
+  const bool stage_out = inputs + control + output <= arch.smem_kb * 1024;
+  const int smem = inputs + control + (stage_out ? output : 0);
 
-  KernelSpec kernel;
-  const auto number = [&](const char* name, int value) {
-    kernel.config.emplace_back(name, std::to_string(value));
-  };
-  const auto flag = [&](const char* name, bool value) {
-    kernel.config.emplace_back(name, value ? "true" : "false");
-  };
-  flag("kBf16", variant.dtype == DType::kBF16);
-  flag("kE5m2Q", variant.e5m2_q);
-  flag("kE5m2K", variant.e5m2_k);
-  flag("kE5m2V", variant.e5m2_v);
-  flag("kTwoLevel", variant.two_level);
-  number("kHeadDim", head_dim);
-  number("kHeadDimV", head_dim_v);
-  flag("kPacked", variant.packed);
-  number("kWarps", warps);
-  number("kMinBlocks", 1);
-  number("kMask", static_cast<int>(variant.mask));
-  flag("kSoftcap", variant.softcap);
-  flag("kAlibi", variant.alibi);
-  flag("kSegments", variant.segments);
-  number("kBlockM", tile.block_m);
-  number("kBlockN", tile.block_n);
-  number("kStages", kStages);
-  number("kStagesQ", tile.stages_q);
-  number("kStagesV", tile.stages_v);
-  flag("kPingPong", tile.ping_pong);
-  flag("kOptimistic", tile.optimistic);
-  flag("kStageOut", stage_out);
-  kernel.smem_bytes = inputs + control + (stage_out ? output : 0);
-  number("kSmemBytes", kernel.smem_bytes);
-  number("kL2Bytes", l2_bytes);
+  Fields fields = CommonFields(variant, common, warps, 1);
+  AddTile(&fields, variant, common, tile.block_m, tile.block_n, kStages, smem);
+  AddBool(&fields, "kE5m2Q", variant.e5m2_q);
+  AddBool(&fields, "kE5m2K", variant.e5m2_k);
+  AddBool(&fields, "kE5m2V", variant.e5m2_v);
+  AddBool(&fields, "kTwoLevel", variant.two_level);
+  AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddInt(&fields, "kStagesV", tile.stages_v);
+  AddBool(&fields, "kPingPong", tile.ping_pong);
+  AddBool(&fields, "kOptimistic", tile.optimistic);
+  AddBool(&fields, "kStageOut", stage_out);
 
-  kernel.file = kFwdFp8File;
-  const auto name = [](bool e5m2) { return e5m2 ? "e5m2" : "e4m3"; };
+  const auto name = [](bool e5m2) { return std::string(e5m2 ? "_e5m2" : "_e4m3"); };
   std::string dtypes = name(variant.e5m2_q);
   if (variant.e5m2_k != variant.e5m2_q || variant.e5m2_v != variant.e5m2_q) {
-    dtypes += std::string("_") + name(variant.e5m2_k) + "_" + name(variant.e5m2_v);
+    dtypes += name(variant.e5m2_k) + name(variant.e5m2_v);
   }
-  std::string dims = std::to_string(head_dim);
-  if (head_dim_v != head_dim) dims += "x" + std::to_string(head_dim_v);
-  kernel.symbol = "jfa_fwd_sm90_" + dtypes + (variant.two_level ? "_two_level" : "") +
-                  (variant.dtype == DType::kBF16 ? "_bf16" : "_f16") + "_d" + dims + "_" +
-                  Name(variant.mask) + (variant.softcap ? "_softcap" : "") +
-                  (variant.alibi ? "_alibi" : "") + (variant.segments ? "_segments" : "") +
-                  (variant.packed ? "_packed" : "");
-  kernel.threads = 32 * warps;
-  kernel.box_rows_q = tile.block_m;
-  kernel.box_rows_kv = tile.block_n;
+  KernelSpec kernel = {
+      kFwdFp8File,
+      "jfa_fwd_sm90" + dtypes + (variant.two_level ? "_two_level" : "") + common.suffix,
+      fields,
+      warps * 32,
+      smem,
+      tile.block_m,
+      tile.block_n};
   kernel.q_bytes = kernel.kv_bytes = 1;
   return kernel;
 }

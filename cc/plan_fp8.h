@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cc/plan.h"
+#include "cc/plan_spec.h"
 
 namespace jfa {
 
@@ -13,9 +14,8 @@ inline constexpr char kFwdFp8File[] = "fwd_fp8_sm90.cuh";
 // Empty, or why 8-bit floats don't run there.
 std::string CheckFp8(const Variant& variant, int arch);
 
-// The kernel; `head_dim` and `head_dim_v` are tile classes.
-KernelSpec MakeFwdFp8(const Variant& variant, int head_dim, int head_dim_v, int smem_bytes,
-                      int l2_bytes);
+// The kernel.
+KernelSpec MakeFwdFp8(const Variant& variant, Common common, const ArchInfo& arch);
 
 }  // namespace jfa
 

@@ -1,5 +1,5 @@
 // What the specs of all kernels share: the fields of their Config and the parts of their names.
-// Part of plan.cc and plan_decode.cc, which alone use it.
+// Part of plan.cc, plan_decode.cc and plan_fp8.cc, which alone use it.
 #ifndef JAX_FLASHATTN_CC_PLAN_SPEC_H_
 #define JAX_FLASHATTN_CC_PLAN_SPEC_H_
 

@@ -137,12 +137,29 @@ DqTile PickDqTile(int size, int smem_kb) {
 // has what was measured.
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   const auto fields = [](const FwdSm90Tile& t) {
-    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q);
+    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.stages_8);
   };
   return fields(a) == fields(b);
 }
 
+// With 8-bit keys: buffers for them instead of a second one of queries. What converts them takes
+// the registers that a search takes.
+FwdSm90Tile PickFwdFp8Keys(int head_dim, int head_dim_v, const Variant& variant) {
+  const int size = std::max(head_dim, head_dim_v);
+  if (size <= 64) {
+    if (variant.segments || variant.packed) return {128, 128, 2, false, 1, 2};
+    return {192, 112, 2, true, 1, 2};
+  }
+  if (size <= 128 && variant.segments) {
+    return {128, variant.softcap || variant.alibi ? 64 : 96, 2, false, 1, 2};
+  }
+  if (size <= 128) return {128, 128, 2, false, 1, 2};
+  if (size <= 192) return {128, variant.segments ? 64 : 80, 2, false, 1, 2};
+  return {128, 64, 2, false, 1, 2};
+}
+
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
+  if (variant.fp8_kv) return PickFwdFp8Keys(head_dim, head_dim_v, variant);
   const int size = std::max(head_dim, head_dim_v);
   // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
   // registers, as do other features at the largest head dim.

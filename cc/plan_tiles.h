@@ -40,6 +40,7 @@ struct FwdSm90Tile {
   int block_m, block_n, stages;
   bool ping_pong;
   int stages_q = 2;
+  int stages_8 = 0;  // of K or V in 8 bits
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

@@ -39,15 +39,24 @@ struct BwdSm90 {
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
-  static constexpr int kDqColumns = C::kHeadDim / Tiles::kConsumers;  // of one warpgroup
+  // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and the
+  // other the rest. Then each has code of its own, else kGroup is -1.
+  static constexpr bool kEven = C::kHeadDim / 2 % 32 == 0;
+  template <int kGroup>
+  static constexpr int kDqColumns =
+      kEven ? C::kHeadDim / 2 : kGroup == 0 ? kPanelColumns : C::kHeadDim - kPanelColumns;
+  template <int kGroup>
+  static JFA_DEVICE int DqColumn(int group) {
+    return kGroup < 0 ? group * kDqColumns<kGroup> : kGroup * kPanelColumns;
+  }
 
   static_assert(kN == kGroupKeys * Tiles::kConsumers, "a consumer warpgroup owns 64 keys");
-  static_assert(kDqColumns % 16 == 0 && kPanelColumns % kDqColumns == 0,
-                "a warpgroup's columns of dQ are in one panel");
+  static_assert(C::kHeadDim <= 2 * kPanelColumns, "a warpgroup's columns of dQ are in one panel");
 
   using Scores = typename Tiles::template Scores<kM>;
   using Fragments = typename Tiles::template Fragments<kM>;
-  using DqPart = float[1][kDqColumns / 8][4];
+  template <int kGroup>
+  using DqPart = float[1][kDqColumns<kGroup> / 8][4];
   // Where there are registers for the scores of a step beside the gradients of another.
   static constexpr bool kAhead = C::kDqSums && C::kHeadDim <= 64 && !C::kSoftcap && !C::kSegments;
 
@@ -68,8 +77,9 @@ struct BwdSm90 {
   }
 
   // d = dS K, a warpgroup's columns of it, started.
-  static JFA_DEVICE void DqGemm(DqPart& d, uint32 smem_ds, uint32 smem_k, int group) {
-    const int column = group * kDqColumns;
+  template <int kGroup>
+  static JFA_DEVICE void DqGemm(DqPart<kGroup>& d, uint32 smem_ds, uint32 smem_k, int group) {
+    const int column = DqColumn<kGroup>(group);
     const uint64 a = PanelDescriptor(smem_ds, 16),
                  b = PanelDescriptor(
                      smem_k + column / kPanelColumns * kPanelBytesN + column % kPanelColumns * 2,
@@ -79,7 +89,7 @@ struct BwdSm90 {
 #pragma unroll
     for (int step = 0; step < kN / 16; ++step) {
       const uint64 offset = (step * 16 * kRowBytes) >> 4;
-      Wgmma<kDqColumns>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset, step > 0);
+      Wgmma<kDqColumns<kGroup>>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset, step > 0);
     }
     WgmmaCommit();
     Pin(d);
@@ -116,6 +126,7 @@ struct BwdSm90 {
     return smem + Tiles::kSmemStats + stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
   }
 
+  template <int kGroup>
   static JFA_DEVICE void WalkSteps(const BwdParams& params, uint32 smem,
                                    const typename Tiles::Work& work,
                                    const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
@@ -197,8 +208,8 @@ struct BwdSm90 {
         Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
         FenceProxyAsync();
         NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-        DqPart dq;
-        DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+        DqPart<kGroup> dq;
+        DqGemm<kGroup>(dq, smem_ds, smem + Tiles::kSmemK, group);
         GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
@@ -206,7 +217,8 @@ struct BwdSm90 {
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
         const BwdScratch scratch =
             BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-        Tiles::template AddDq<kDqColumns>(scratch.dq, dq, row0, sequence.q_len, group * kDqColumns);
+        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, row0, sequence.q_len,
+                                                   DqColumn<kGroup>(group));
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
@@ -231,6 +243,7 @@ struct BwdSm90 {
 
   // The same, but a step's scores start before the products of the step before, which then run
   // under its softmax.
+  template <int kGroup>
   static JFA_DEVICE void WalkAhead(const BwdParams& params, uint32 smem,
                                    const typename Tiles::Work& work,
                                    const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
@@ -276,17 +289,17 @@ struct BwdSm90 {
       Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
       FenceProxyAsync();
     };
-    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart& dq) {
+    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart<kGroup>& dq) {
       NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
       GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + of.stage * Tiles::kBytesDo);
-      DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+      DqGemm<kGroup>(dq, smem_ds, smem + Tiles::kSmemK, group);
       GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + of.stage * Tiles::kBytesQ);
     };
-    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart& dq) {
+    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart<kGroup>& dq) {
       const BwdScratch scratch =
           BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head);
-      Tiles::template AddDq<kDqColumns>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                        group * kDqColumns);
+      Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                 DqColumn<kGroup>(group));
     };
 
     StartScores(s, dp, smem, problem, sequence, step, ring, group);
@@ -302,7 +315,7 @@ struct BwdSm90 {
 #pragma unroll 1
     while (step.head < work.head_end) {
       StartScores(s, dp, smem, problem, sequence, step, ring, group);
-      DqPart dq;
+      DqPart<kGroup> dq;
       start_gradients(ring_before, dq);
       if (C::kAlibi && step.head != before.head) {
         if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
@@ -332,7 +345,7 @@ struct BwdSm90 {
       step = step.Next(walk);
       ring.Advance();
     }
-    DqPart dq;
+    DqPart<kGroup> dq;
     start_gradients(ring_before, dq);
     if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
     WgmmaWait<1>();
@@ -343,6 +356,7 @@ struct BwdSm90 {
     Pin(dk);
   }
 
+  template <int kGroup>
   static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
                                  const typename Tiles::Work& work, const typename Tiles::Mask& mask,
                                  const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
@@ -368,9 +382,9 @@ struct BwdSm90 {
         NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
       if constexpr (kAhead) {
-        WalkAhead(params, smem, work, mask, ids, walk, group, dk, dv);
+        WalkAhead<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
       } else {
-        WalkSteps(params, smem, work, mask, ids, walk, group, dk, dv);
+        WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
       }
     }
 
@@ -388,7 +402,16 @@ struct BwdSm90 {
 
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem_pointer) {
     Tiles::RunRoles(params, smem_pointer,
-                    [&](uint32 smem, const auto&... rest) { Consume(params, smem, rest...); });
+                    [&](uint32 smem, const auto& work, const auto& mask, const auto& ids,
+                        const auto& walk, int group) {
+                      if constexpr (kEven) {
+                        Consume<-1>(params, smem, work, mask, ids, walk, group);
+                      } else if (group == 0) {
+                        Consume<0>(params, smem, work, mask, ids, walk, group);
+                      } else {
+                        Consume<1>(params, smem, work, mask, ids, walk, group);
+                      }
+                    });
   }
 };
 

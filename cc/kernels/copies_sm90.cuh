@@ -10,13 +10,14 @@ namespace jfa {
 
 template <class C>
 struct CopiesSm90 {
-  static constexpr int kPanelColumns = 64;  // of a box: 128 bytes, which the engine swizzles
-  static constexpr int kRowBytes = 2 * kPanelColumns;
+  static constexpr int kRowBytes = 128;  // of a box, which the engine swizzles
+  static constexpr int kColumns = 64;    // of 16 bits in them
+  static constexpr int kKeyColumns = C::kFp8 ? 128 : kColumns;
   static constexpr int kPanelBytes = C::kBlockN * kRowBytes;  // of a block of keys
   using Tile = typename TilesSm90<C>::Tile;
 
   // A tile of rows that lie together, by one lane.
-  template <int kPanelCount, int kTilePanelBytes>
+  template <int kPanelCount, int kTilePanelBytes, int kPanelColumns = kColumns>
   static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
                               int head, int batch, uint64 policy) {
     MbarrierArriveExpect(barrier, kPanelCount * kTilePanelBytes);
@@ -67,14 +68,14 @@ struct CopiesSm90 {
 #pragma unroll
         for (int panel = 0; panel < kPanelCount; ++panel) {
           TmaLoad(target + panel * kPanelBytes + lane * params.box_rows * kRowBytes, map, full,
-                  panel * kPanelColumns, place.row, place.head, place.batch, kL2EvictLast);
+                  panel * kKeyColumns, place.row, place.head, place.batch, kL2EvictLast);
         }
       }
       __syncwarp();
     } else if (leader) {
       MbarrierWait(empty, parity ^ 1);
-      Load<kPanelCount, kPanelBytes>(map, target, full, place.row, place.head, place.batch,
-                                     kL2EvictLast);
+      Load<kPanelCount, kPanelBytes, kKeyColumns>(map, target, full, place.row, place.head,
+                                                  place.batch, kL2EvictLast);
     }
   }
 };

@@ -151,18 +151,19 @@ struct Decode {
       return smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8);
     };
     const ProblemParams& problem = params.problem;
-    float scale[C::kTileHeads], factor = 0.f;
+    float scale[C::kTileHeads], largest = 0.f;
 #pragma unroll
     for (int part = 0; part < C::kTileHeads; ++part) {
       scale[part] = ScoreScale(params, rows.batch, rows.KeyHead(problem, part));
-      factor = fmaxf(factor, scale[part]);
+      largest = fmaxf(largest, scale[part]);
     }
     // Scores have one factor: what a head's is less goes to its queries.
     const auto of_row = [&](int row) {
       if constexpr (C::kTileHeads == 1) return 1.f;
       const float own = rows.PartOf(problem, row) == 0 ? scale[0] : scale[C::kTileHeads - 1];
-      return own == factor ? 1.f : own / factor;
+      return own == largest ? 1.f : own / largest;
     };
+    float factor = largest;
     int exponent = 0;
     if constexpr (C::kBf16) {
       exponent = LargestExponent<kChunks>(at, 16 * row_warp, 16);

@@ -115,6 +115,12 @@ struct QueryScale {
     to_f16 = __int_as_float((127 + 15 + 127 - e) << 23);
     back = __int_as_float((e - 15) << 23);
   }
+
+  // Two of bf16.
+  JFA_DEVICE uint32 Convert(uint32 pair) const {
+    return Pack16<false>(__uint_as_float(pair << 16) * to_f16,
+                         __uint_as_float(pair & 0xffff0000u) * to_f16);
+  }
 };
 
 struct NoFactor {

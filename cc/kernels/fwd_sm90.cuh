@@ -10,14 +10,16 @@
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
 //             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
 //             warpgroup consumes: it owns 64 rows of the tile.
+//             With kFp8 the other three warps convert K and V (keys_fp8_sm90.cuh).
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
 // Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
 //             product of a tile starts before the last one of the tile before, if there is room
 //             for two Q.
-// Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier;
-//             the output, if there is room. plan.cc computes the same sum.
+// Shared      kStagesQ buffers of Q, kStages of K and of V, kStages8 of either in 8 bits, each with
+//             a full and an empty mbarrier; the output, if there is room. plan.cc computes the same
+//             sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
 //             more, of 240 (two consumers), 160 (three) or 112 (four).
 //
@@ -28,6 +30,7 @@
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
 #include "copies_sm90.cuh"
+#include "keys_fp8_sm90.cuh"
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
 #include "results_sm90.cuh"
@@ -48,8 +51,10 @@ struct FwdSm90 {
   static constexpr int kDimSteps = C::kHeadDim / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
   // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
-  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
-  static constexpr int kProducerRegisters = kSearches                    ? 56
+  // To convert keys takes more.
+  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged || C::kFp8;
+  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 80
+                                            : kSearches                  ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
@@ -69,15 +74,21 @@ struct FwdSm90 {
   static constexpr int kBytesQ = kPanels * kPanelBytesM;
   static constexpr int kBytesK = kPanels * kPanelBytesN;
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
+  using Keys8 = KeysFp8Sm90<C, FwdSm90>;
+  static constexpr bool kBf16 = C::kBf16 && !C::kFp8;           // what is multiplied
+  static constexpr int kWriters = C::kFp8 ? Keys8::kWarps : 1;  // of a buffer of K or V
+  static constexpr bool kTwoProducers = C::kPaged && !C::kFp8;
 
   static constexpr int kSmemQ = 0;
   static constexpr int kSmemK = C::kStagesQ * kBytesQ;
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
-  static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
+  static constexpr int kSmem8 = kSmemV + C::kStages * kBytesV;
+  static constexpr int kSmemOut = kSmem8 + C::kStages8 * Keys8::kBytes;
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
   static constexpr int kTileSlots = 3, kSlotBytes = 256;
-  static constexpr int kSmemTiles =
-      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
+  static constexpr int kSmemNotes =
+      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots + 2 * C::kStages8);
+  static constexpr int kSmemTiles = kSmemNotes + Keys8::kNoteBytes;
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
   enum Barrier {
     kFullQ = 0,
@@ -88,6 +99,8 @@ struct FwdSm90 {
     kEmptyV = kFullV + C::kStages,
     kFullTile = kEmptyV + C::kStages,
     kEmptyTile = kFullTile + kTileSlots,
+    kFull8 = kEmptyTile + kTileSlots,
+    kEmpty8 = kFull8 + C::kStages8,
   };
   enum NamedBarrier { kTurn = 1, kGroup = kTurn + kConsumers };  // of each consumer warpgroup
 
@@ -97,11 +110,15 @@ struct FwdSm90 {
                 "blocks that a warpgroup lets pass keep their values until it has passed them all");
   static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
   static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
+  static_assert(C::kFp8 ? C::kStagesQ == 1 && C::kStages8 >= 1 && C::kStages8 <= 4
+                        : C::kStages8 == 0,
+                "queries are converted when a tile begins; notes have room for four");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
+  using Ring8 = RingPosition<C::kStages8>;
   using Output = typename Results::Output;
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
@@ -136,15 +153,31 @@ struct FwdSm90 {
     RingTile t;
     RingQ q;
     Ring k, v;
+    Ring8 either;
+    const auto load_keys = [&](const KeyPlace& place) {
+      if constexpr (C::kFp8) {
+        Keys8::LoadKeys(params, smem_pointer, either, place, leader);
+      } else {
+        Copies::template LoadKeys<kPanels>(
+            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
+            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
+        k.Advance();
+      }
+    };
     // Values are needed one block later than keys, so their copies are ordered one block later.
     // Over pages another warp does it: each box takes an order.
     KeyPlace values;
+    [[maybe_unused]] int num_values;
     const auto load_values = [&] {
-      if (C::kPaged || values.row < 0) return;
-      Copies::template LoadKeys<kPanelsV>(
-          params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-          Address(smem, kEmptyV, v.stage), v.parity, values, leader);
-      v.Advance();
+      if (kTwoProducers || values.row < 0) return;
+      if constexpr (C::kFp8) {
+        Keys8::LoadValues(params, smem_pointer, either, values, num_values, leader);
+      } else {
+        Copies::template LoadKeys<kPanelsV>(
+            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
+            Address(smem, kEmptyV, v.stage), v.parity, values, leader);
+        v.Advance();
+      }
       values.row = -1;
     };
     while (walk.Next(&tile)) {
@@ -164,10 +197,7 @@ struct FwdSm90 {
       while (block >= 0) {
         // A single buffer of Q is free only when all keys of the tile before have been used.
         if (C::kStagesQ == 1 && is_first) load_values();
-        Copies::template LoadKeys<kPanels>(
-            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
-            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
-        k.Advance();
+        load_keys(place);
         if (is_first) {
           if (leader) {
             MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
@@ -181,6 +211,7 @@ struct FwdSm90 {
         }
         load_values();
         values = place;
+        num_values = slot->tile.sequence.kv_len - block * C::kBlockN;
         // Pages are looked up a block ahead.
         block = keys.Next(block);
         place.Set(params, slot->tile, block);
@@ -191,6 +222,7 @@ struct FwdSm90 {
       MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Slot(smem_pointer, t.stage)->tile.row0 = -1;
       MbarrierArrive(Address(smem, kFullTile, t.stage));
+      if constexpr (C::kFp8) Keys8::End(smem_pointer, either);
     }
   }
 
@@ -228,9 +260,9 @@ struct FwdSm90 {
 #pragma unroll
     for (int step = 0; step < kDimSteps; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      Wgmma<C::kBlockN>::template Ss<C::kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
-                                                      k + ((panel * kPanelBytesN + within) >> 4),
-                                                      step > 0);
+      Wgmma<C::kBlockN>::template Ss<kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
+                                                   k + ((panel * kPanelBytesN + within) >> 4),
+                                                   step > 0);
     }
     WgmmaCommit();
     Pin(s);
@@ -243,8 +275,8 @@ struct FwdSm90 {
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      Wgmma<C::kHeadDimV>::template Rs<C::kBf16, true>(out, p[step],
-                                                       v + ((step * 16 * kRowBytes) >> 4), 1);
+      Wgmma<C::kHeadDimV>::template Rs<kBf16, true>(out, p[step],
+                                                    v + ((step * 16 * kRowBytes) >> 4), 1);
     }
     WgmmaCommit();
     Pin(out);
@@ -277,7 +309,7 @@ struct FwdSm90 {
   static JFA_DEVICE void Pack(Weights& p, const Scores& s) {
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      PackBlock<C::kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
+      PackBlock<kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
     }
   }
 
@@ -292,6 +324,7 @@ struct FwdSm90 {
   // zero twice does no harm.
   static JFA_DEVICE void ClearPadding(const ProblemParams& problem, const Work& work, int block,
                                       uint32 smem, const Ring& v, int group) {
+    if constexpr (C::kFp8) return;  // who converts does it
     const Sequence& sequence = work.tile.sequence;
     const int row = sequence.kv_len - block * C::kBlockN;
     if (row >= C::kBlockN) return;
@@ -307,6 +340,15 @@ struct FwdSm90 {
     }
     FenceProxyAsync();
     NamedBarrierSync(kGroup + group, kGroupThreads);
+  }
+
+  // Of a tile that is done: its LSE, and the factors of this lane's rows of output.
+  static JFA_DEVICE float2 Finish(const FwdSm90Params& params, const Tile& tile,
+                                  const OnlineSoftmax<1>& softmax) {
+    const float2 x = Results::StoreLse(params, tile, softmax);
+    if constexpr (!C::kFp8) return x;
+    const float v_scale = ValueScale(params.fwd, tile.batch, tile.kv_head);
+    return make_float2(x.x * v_scale, x.y * v_scale);
   }
 
   static JFA_DEVICE void TakeTurn(int group) {
@@ -348,7 +390,7 @@ struct FwdSm90 {
         Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
         Results::Store(params, smem + kSmemOut, kGroup + group, group, work.tile,
-                       Results::StoreLse(params, work.tile, nothing), zeros);
+                       Finish(params, work.tile, nothing), zeros);
         release(slot);
         slot = wait_tile();
         work = *Slot(smem_pointer, slot);
@@ -405,7 +447,21 @@ struct FwdSm90 {
         MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
         q.Advance();
       };
+      float score_scale = 1.f;
+      if constexpr (C::kFp8) {
+        score_scale = ScoreScale(params.fwd, work.tile.batch, work.tile.kv_head);
+      }
       wait_q();
+      if constexpr (C::kFp8) {
+        const int row = ReadThreadIndex() % kGroupThreads / kWarpSize * 16;
+        score_scale *= Keys8::ConvertQueries(
+            smem_q + row * kRowBytes, kPanelBytesM,
+            work.tile.sequence.q_len - work.tile.row0 - group * kGroupRows - row);
+        work.logits.ScaleScores(score_scale);
+        softmax.scale = work.logits.Scale();
+        FenceProxyAsync();
+        NamedBarrierSync(kGroup + group, kGroupThreads);
+      }
       block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
       ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
@@ -461,7 +517,7 @@ struct FwdSm90 {
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
         PassTurn(group);
         if (is_first) {
-          normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+          normalizer = Finish(params, Slot(smem_pointer, done)->tile, softmax);
           softmax = OnlineSoftmax<1>(work.logits.Scale());
         }
         one_segment = work.keys.one_segment;
@@ -497,7 +553,7 @@ struct FwdSm90 {
       store_waiting();
       MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
       OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
-      normalizer = Results::StoreLse(params, Slot(smem_pointer, done)->tile, softmax);
+      normalizer = Finish(params, Slot(smem_pointer, done)->tile, softmax);
       WgmmaWait<0>();
       Pin(out);
       Arrive(Address(smem, kEmptyV, v.stage));
@@ -525,10 +581,14 @@ struct FwdSm90 {
         MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
-        MbarrierInit(Address(smem, kFullK, stage), 1);
+        MbarrierInit(Address(smem, kFullK, stage), kWriters);
         MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
-        MbarrierInit(Address(smem, kFullV, stage), 1);
+        MbarrierInit(Address(smem, kFullV, stage), kWriters);
         MbarrierInit(Address(smem, kEmptyV, stage), 4 * kConsumers);
+      }
+      for (int stage = 0; stage < C::kStages8; ++stage) {
+        MbarrierInit(Address(smem, kFull8, stage), 1);
+        MbarrierInit(Address(smem, kEmpty8, stage), Keys8::kWarps);
       }
       FenceMbarrierInit();
     }
@@ -537,7 +597,9 @@ struct FwdSm90 {
       ReleaseRegisters<kProducerRegisters>();
       if (threadIdx.x < kWarpSize) {
         Produce(params, smem_pointer);
-      } else if (C::kPaged && threadIdx.x < 2 * kWarpSize) {
+      } else if constexpr (C::kFp8) {
+        Keys8::Convert(smem_pointer);
+      } else if (kTwoProducers && threadIdx.x < 2 * kWarpSize) {
         ProduceValues(params, smem_pointer);
       }
     } else {
