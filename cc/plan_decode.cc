@@ -31,7 +31,7 @@ KernelSpec MakeDecodeMain(const Variant& variant, Common common, int smem_kb, bo
   if (pairs) common.head_dim = common.head_dim_v = 128;
   const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v,
                                          variant.rows * tile_heads, variant, tma, parts, smem_kb);
-  const int warps = tile.warps + (tma ? 2 : 4);
+  const int warps = tile.warps + (tma && !tile.wgmma ? 2 : 4);
   Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
   AddInt(&fields, "kRows", tile.rows);

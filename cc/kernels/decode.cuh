@@ -45,7 +45,8 @@ namespace jfa {
 template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  static constexpr int kProducerWarps = C::kTma ? 2 : 4;
+  // Two of them order copies; a whole warpgroup can give registers to others.
+  static constexpr int kProducerWarps = C::kTma && !C::kWgmma ? 2 : 4;
   static constexpr int kConsumerWarps = C::kWarps - kProducerWarps;
   static constexpr int kConsumers = kConsumerWarps * kWarpSize;
   static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
@@ -97,6 +98,7 @@ struct Decode {
   using Blocks = typename Walk::Blocks;
   using Rows = DecodeRows<C::kRows, C::kTileHeads>;
   using Ring = RingPosition<C::kStages>;
+  using Wide = DecodeWgmma<C, PanelQ, PanelN>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeyBlocks][4];
   using Logits = LogitMap<C::kSoftcap, C::kAlibi>;
@@ -179,10 +181,6 @@ struct Decode {
   // s = Q K^T for the warp's rows and keys.
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k, int row_warp,
                                    int key_warp, int lane) {
-    if constexpr (C::kWgmma) {
-      DecodeWgmma<C, PanelQ, PanelN>::Scores(s, smem_q, smem_k, row_warp);
-      return;
-    }
     const Operand<PanelQ, Side::kA, false, kRowWarps> op_q(smem_q, row_warp, lane);
     const Operand<PanelN, Side::kB, false, kKeyWarps> op_k(smem_k, key_warp, lane);
     if constexpr (C::kFp8) {
@@ -215,10 +213,6 @@ struct Decode {
   // out += P V; the weights of a row add up in the softmax's sums.
   static JFA_DEVICE void OutputGemm(Output& out, const Scores& s, OnlineSoftmax<1>& softmax,
                                     uint32 smem_v, int key_warp, int lane) {
-    if constexpr (C::kWgmma) {
-      DecodeWgmma<C, PanelQ, PanelN>::Outputs(out, s, softmax, smem_v);
-      return;
-    }
     const Operand<PanelN, Side::kB, true, 1> op_v(smem_v + key_warp * 16 * PanelN::kPitch, 0, lane);
 #pragma unroll
     for (int k = 0; k < kKeyBlocks; ++k) {
@@ -405,10 +399,9 @@ struct Decode {
     Walk walk(params);
     Claims claims(smem + kSmemClaims);
     Ring ring;
-    const auto release = [&] {
+    const auto release = [&](int stage) {
       __syncwarp();
-      if (lane == 0) MbarrierArrive(Empty(smem, ring.stage));
-      ring.Advance();
+      if (lane == 0) MbarrierArrive(Empty(smem, stage));
     };
     // For the combine kernel.
     const auto leave_record = [&] {
@@ -464,14 +457,8 @@ struct Decode {
         softmax.scale = logits[0].Scale();
       }
 
-#pragma unroll 1
-      for (int i = first; i < last; ++i) {
-        const int key0 = tiles.blocks.At(i) * C::kBlockN;
-        Scores s;
-        Clear(s);
-        MbarrierWait(Full(smem, ring.stage), ring.parity);
-        ScoreGemm(s, smem + kSmemQ, smem + ring.stage * kStageBytes, row_warp, key_warp, lane);
-        release();
+      // Scores of a block of keys become logits; whether it holds hidden ones.
+      const auto make_logits = [&](Scores& s, int key0) {
         const int origin = key0 + 16 * key_warp + lane % 4 * 2;  // the lane's first key
         const auto key_of = [](int n) { return 16 * kKeyWarps * (n / 2) + 8 * (n % 2); };
         if constexpr (!Logits::kPlain) {
@@ -502,9 +489,9 @@ struct Decode {
             }
           }
         }
-        softmax.Observe(s, out);
-        const uint32 smem_v = smem + ring.stage * kStageBytes;
-        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        return needs_mask;
+      };
+      const auto clear_padding = [&](uint32 smem_v, int key0, bool needs_mask) {
         if constexpr (C::kTma) {
           // The end of the array needs none of this: the engine puts zeros behind it.
           const bool is_end =
@@ -513,8 +500,78 @@ struct Decode {
             ClearPadding(smem_v, sequence.kv_len - key0, key_warp, lane);
           }
         }
-        OutputGemm(out, s, softmax, smem_v, key_warp, lane);
-        release();
+      };
+      const auto first_key = [&](int i) { return tiles.blocks.At(i) * C::kBlockN; };
+      // Waits for the ring's next buffer.
+      const auto wait = [&] {
+        MbarrierWait(Full(smem, ring.stage), ring.parity);
+        return smem + ring.stage * kStageBytes;
+      };
+
+      if constexpr (C::kWgmma) {
+        // Weights of a block are computed under the product of the last one's with its values.
+        Scores s;
+        typename Wide::Weights p;
+        Wide::StartScores(s, smem + kSmemQ, wait(), row_warp);
+        WgmmaWait<0>();
+        Pin(s);
+        release(ring.stage);
+        ring.Advance();
+        Ring values = ring;  // the last block's are still in use where the ring is
+        bool is_first = true;
+        // Returns whether the block holds hidden keys.
+        const auto weigh = [&](int key0) {
+          const bool needs_mask = make_logits(s, key0);
+          float factor[2];
+          const bool rises = softmax.Follow(s, factor);
+          Wide::Weigh(s, softmax);
+          WgmmaWait<0>();
+          Pin(out);
+          if (!is_first) release(values.stage);
+          is_first = false;
+          if (rises) softmax.Rescale(out, factor);
+          Wide::Pack(p, s);
+          values = ring;
+          ring.Advance();
+          return needs_mask;
+        };
+        const auto start_outputs = [&](int key0, bool needs_mask) {
+          const uint32 smem_v = smem + values.stage * kStageBytes;
+          MbarrierWait(Full(smem, values.stage), values.parity);
+          clear_padding(smem_v, key0, needs_mask);
+          Wide::StartOutputs(out, p, smem_v);
+        };
+#pragma unroll 1
+        for (int i = first; i + 1 < last; ++i) {
+          const bool needs_mask = weigh(first_key(i));
+          Wide::StartScores(s, smem + kSmemQ, wait(), row_warp);
+          start_outputs(first_key(i), needs_mask);
+          WgmmaWait<1>();
+          Pin(s);
+          release(ring.stage);
+          ring.Advance();
+        }
+        const bool needs_mask = weigh(first_key(last - 1));
+        start_outputs(first_key(last - 1), needs_mask);
+        WgmmaWait<0>();
+        Pin(out);
+        release(values.stage);
+      } else {
+#pragma unroll 1
+        for (int i = first; i < last; ++i) {
+          Scores s;
+          Clear(s);
+          ScoreGemm(s, smem + kSmemQ, wait(), row_warp, key_warp, lane);
+          release(ring.stage);
+          ring.Advance();
+          const bool needs_mask = make_logits(s, first_key(i));
+          softmax.Observe(s, out);
+          const uint32 smem_v = wait();
+          clear_padding(smem_v, first_key(i), needs_mask);
+          OutputGemm(out, s, softmax, smem_v, key_warp, lane);
+          release(ring.stage);
+          ring.Advance();
+        }
       }
 
       const int partial = first > 0      ? DecodeScratch::kHead
@@ -522,8 +579,8 @@ struct Decode {
                                          : -1;
       if constexpr (C::kWgmma) {
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
-        DecodeWgmma<C, PanelQ, PanelN>::Store(params, rows, sequence, walk.stretch, partial, out,
-                                              softmax, smem + kSmemQ, row_warp, lane);
+        Wide::Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem + kSmemQ,
+                    row_warp, lane);
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
       } else {
         Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem_pointer, warp,
@@ -552,9 +609,12 @@ struct Decode {
     }
     __syncthreads();
     LetKernelBehindStart();
+    constexpr bool kGive = C::kWgmma && C::kMinBlocks * C::kWarps > 8;
     if (threadIdx.x < kConsumers) {
+      if constexpr (kGive) ClaimRegisters<Wide::template Registers<kConsumers>()>();
       Consume(params, smem_pointer);
     } else {
+      if constexpr (kGive) ReleaseRegisters<Wide::kProducerRegisters>();
       DecodeCopies<C, Decode>::Produce(params, smem);
     }
   }

@@ -72,7 +72,8 @@ struct DecodeCombine {
   }
 
   static JFA_DEVICE void Run(const DecodeParams& params) {
-    __shared__ Part parts[C::kWarps][kWarpSize];
+    __shared__ float4 parts_x[C::kWarps][kWarpSize];
+    __shared__ float2 parts_total[C::kWarps][kWarpSize];
     const ProblemParams& problem = params.fwd.problem;
     const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
     const int log2 = params.merge_log2, group_rows = C::kWarps >> log2;
@@ -127,10 +128,11 @@ struct DecodeCombine {
       }
       if (log2 > 0) {
         __syncthreads();  // the last columns' have been read
-        parts[warp][lane] = sum;
+        parts_x[warp][lane] = sum.x;
+        parts_total[warp][lane] = sum.total;
         __syncthreads();
         for (int i = 1; share == 0 && i < 1 << log2; ++i) {
-          sum.Add(parts[warp + i][lane].x, parts[warp + i][lane].total);
+          sum.Add(parts_x[warp + i][lane], parts_total[warp + i][lane]);
         }
       }
       if (has_columns && share == 0) {

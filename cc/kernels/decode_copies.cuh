@@ -122,6 +122,7 @@ struct DecodeCopies {
     const FwdParams& fwd = params.fwd;
     const bool is_second =
         C::kTma && ReadThreadIndex() >= Kernel::kConsumers + kWarpSize;  // brings V
+    if (C::kTma && ReadThreadIndex() >= Kernel::kConsumers + 2 * kWarpSize) return;
     Walk walk(params);
     typename Kernel::Claims claims(smem + Kernel::kSmemClaims);
     Ring ring;

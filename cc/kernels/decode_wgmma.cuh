@@ -12,11 +12,21 @@ namespace jfa {
 // PanelQ, PanelN: 64 columns of the queries, and of a block of keys or values, swizzled.
 template <class C, class PanelQ, class PanelN>
 struct DecodeWgmma {
+  static constexpr int kWarpgroupThreads = 4 * kWarpSize;
   static constexpr int kDimSteps = C::kHeadDim / 16, kKeySteps = C::kBlockN / 16;
 
-  // s = Q K^T for the 64 rows of the warp's group; `row_warp` must be uniform.
-  static JFA_DEVICE void Scores(float (&s)[1][2 * kKeySteps][4], uint32 smem_q, uint32 smem_k,
-                                int row_warp) {
+  // Of a thread. The producers' warpgroup keeps what it needs, so many consumers get the rest.
+  static constexpr int kProducerRegisters = 56;
+  template <int kConsumers>
+  static JFA_DEVICE constexpr int Registers() {
+    return (65536 / C::kMinBlocks - kWarpgroupThreads * kProducerRegisters) / kConsumers / 8 * 8;
+  }
+
+  using Weights = uint32[kKeySteps][4];  // 16-bit, fragments of the product with the values
+
+  // s = Q K^T for the 64 rows of the warp's group, started; `row_warp` must be uniform.
+  static JFA_DEVICE void StartScores(float (&s)[1][2 * kKeySteps][4], uint32 smem_q, uint32 smem_k,
+                                     int row_warp) {
     const uint64 q = PanelDescriptor(smem_q + row_warp / 4 * 64 * PanelQ::kPitch, 16),
                  k = PanelDescriptor(smem_k, 16);
     Pin(s);
@@ -29,25 +39,27 @@ struct DecodeWgmma {
           k + ((panel * PanelN::kBytes + within) >> 4), step > 0);
     }
     WgmmaCommit();
-    WgmmaWait<0>();
     Pin(s);
   }
 
-  // out += P V; the weights of a row add up in the softmax's sums.
-  static JFA_DEVICE void Outputs(float (&out)[1][C::kHeadDimV / 8][4],
-                                 const float (&s)[1][2 * kKeySteps][4], OnlineSoftmax<1>& softmax,
-                                 uint32 smem_v) {
-    uint32 p[kKeySteps][4];
+  // Logits to weights, which add up in the softmax's sums.
+  static JFA_DEVICE void Weigh(float (&s)[1][2 * kKeySteps][4], OnlineSoftmax<1>& softmax) {
+#pragma unroll
+    for (int n = 0; n < 2 * kKeySteps; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
+    }
+  }
+  static JFA_DEVICE void Pack(Weights& p, const float (&s)[1][2 * kKeySteps][4]) {
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      float w[2][4];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) w[n][e] = softmax.Weigh(e / 2, s[0][2 * step + n][e]);
-      }
-      PackBlock<C::kBf16>(p[step], w[0], w[1]);
+      PackBlock<C::kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
     }
+  }
+
+  // out += P V, started.
+  static JFA_DEVICE void StartOutputs(float (&out)[1][C::kHeadDimV / 8][4], const Weights& p,
+                                      uint32 smem_v) {
     const uint64 v = PanelDescriptor(smem_v, PanelN::kBytes);
     Pin(out);
     WgmmaFence();
@@ -57,7 +69,6 @@ struct DecodeWgmma {
                                                        v + ((step * 16 * PanelN::kPitch) >> 4), 1);
     }
     WgmmaCommit();
-    WgmmaWait<0>();
     Pin(out);
   }
 
