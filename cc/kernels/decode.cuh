@@ -33,6 +33,7 @@
 #include "decode_claims.cuh"
 #include "decode_cluster.cuh"
 #include "decode_copies.cuh"
+#include "decode_queries.cuh"
 #include "decode_share.cuh"
 #include "decode_wgmma.cuh"
 #include "fragments_fp8.cuh"
@@ -98,6 +99,7 @@ struct Decode {
   using Blocks = typename Walk::Blocks;
   using Rows = DecodeRows<C::kRows, C::kTileHeads>;
   using Ring = RingPosition<C::kStages>;
+  using Queries = DecodeQueries<C, Decode>;
   using Wide = DecodeWgmma<C, PanelQ, PanelN>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeyBlocks][4];
@@ -109,74 +111,6 @@ struct Decode {
   }
 
   // --- consumers -------------------------------------------------------------------------------
-
-  // The first num_rows of a tile; zeros behind, and where a row's key head isn't.
-  static JFA_DEVICE void LoadQueries(const DecodeParams& params, const Rows& rows, int num_rows,
-                                     uint32 smem_q) {
-    constexpr int kChunks = C::kHeadDim / 8, kItems = C::kRows * kChunks;
-    constexpr int kPasses = (kItems + kConsumers - 1) / kConsumers,
-                  kAtOnce = kPasses < 8 ? kPasses : 8;
-    const ProblemParams& problem = params.fwd.problem;
-#pragma unroll 1
-    for (int first = ReadThreadIndex(); first < kItems; first += kAtOnce * kConsumers) {
-      uint4 values[kAtOnce];  // asked for before one is waited for
-#pragma unroll
-      for (int pass = 0; pass < kAtOnce; ++pass) {
-        const int i = first + pass * kConsumers, row = i / kChunks;
-        const int own = i % kChunks - rows.PartOf(problem, row) * (kChunks / 2);
-        const bool valid =
-            row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
-        values[pass] = make_uint4(0, 0, 0, 0);
-        if (valid) {
-          values[pass] = __ldg(reinterpret_cast<const uint4*>(
-              RowPointer(params.fwd.q, rows.batch, rows.HeadOf(problem, row),
-                         rows.TokenOf(problem, row)) +
-              own * 8));
-        }
-      }
-#pragma unroll
-      for (int pass = 0; pass < kAtOnce; ++pass) {
-        const int i = first + pass * kConsumers, row = i / kChunks, chunk = i % kChunks;
-        if (i >= kItems) break;
-        StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8),
-                      values[pass]);
-      }
-    }
-  }
-
-  // Queries of a tile with 8-bit keys, in place; the factor that the scores want for it. The warps
-  // that share rows share the work.
-  static JFA_DEVICE float PrepareRows(const FwdParams& params, const Rows& rows, uint32 smem_q,
-                                      int row_warp, int key_warp) {
-    constexpr int kChunks = C::kHeadDim / 8, kOwn = 16 / kKeyWarps;
-    const auto at = [=](int row, int chunk) {
-      return smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8);
-    };
-    const ProblemParams& problem = params.problem;
-    float scale[C::kTileHeads], largest = 0.f;
-#pragma unroll
-    for (int part = 0; part < C::kTileHeads; ++part) {
-      scale[part] = ScoreScale(params, rows.batch, rows.KeyHead(problem, part));
-      largest = fmaxf(largest, scale[part]);
-    }
-    // Scores have one factor: what a head's is less goes to its queries.
-    const auto of_row = [&](int row) {
-      if constexpr (C::kTileHeads == 1) return 1.f;
-      const float own = rows.PartOf(problem, row) == 0 ? scale[0] : scale[C::kTileHeads - 1];
-      return own == largest ? 1.f : own / largest;
-    };
-    float factor = largest;
-    int exponent = 0;
-    if constexpr (C::kBf16) {
-      exponent = LargestExponent<kChunks>(at, 16 * row_warp, 16);
-      factor *= QueryScale(exponent).back;
-      NamedBarrierSync(kConsumersDone, kConsumers);  // all have seen the rows
-    }
-    PrepareQueries<C::kBf16, kChunks>(at, 16 * row_warp + kOwn * key_warp, kOwn,
-                                      QueryScale(exponent), of_row);
-    NamedBarrierSync(kConsumersDone, kConsumers);
-    return factor;
-  }
 
   // s = Q K^T for the warp's rows and keys.
   static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k, int row_warp,
@@ -429,7 +363,7 @@ struct Decode {
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
           C::kFp8 ? Clamp(rows.NumOf(problem, sequence.q_len), 0, rows.num) : rows.num;
-      LoadQueries(params, rows, num_rows, smem + kSmemQ);
+      Queries::Load(params, rows, num_rows, smem + kSmemQ);
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
       Window seen[2];
@@ -452,7 +386,7 @@ struct Decode {
       if constexpr (C::kWgmma) FenceProxyAsync();
       NamedBarrierSync(kConsumersDone, kConsumers);  // Q is there
       if constexpr (C::kFp8) {
-        const float factor = PrepareRows(params.fwd, rows, smem + kSmemQ, row_warp, key_warp);
+        const float factor = Queries::Prepare(params.fwd, rows, smem + kSmemQ, row_warp, key_warp);
         for (Logits& map : logits) map.ScaleScores(factor);
         softmax.scale = logits[0].Scale();
       }
