@@ -266,8 +266,6 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   params.num_ctas = static_cast<int>(share.ctas);
   params.parts_log2 = share.parts_log2;
   params.merge_log2 = share.merge_log2;
-  params.num_claims = static_cast<int>(share.claims);
-  params.claimed = share.claimed;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
     return InvalidArgument(
@@ -281,11 +279,6 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   if (kernel.box_rows_kv != 0) {
     JFA_RETURN_IF_ERROR(
         EncodeKeyMaps(call, params.fwd, kernel, true, &params.box_rows, &params.k, &params.v));
-  }
-  if (params.num_claims > 0) {
-    constexpr int kNumClaimed = 3;  // DecodeScratch::Header::num_claimed
-    JFA_RETURN_IF_ERROR(
-        launch::FillBytes(params.scratch + kNumClaimed, 0, sizeof(*params.scratch), stream));
   }
   return LaunchAll(kernels, call, params, multiprocessors, stream);
 }

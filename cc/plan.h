@@ -133,8 +133,6 @@ struct DecodeShare {
   int kernel = kDecodeStretches;  // of the plan: that one, or kDecodeParts
   int parts_log2 = 0;             // kDecodeParts: how many CTAs, a cluster, share one tile
   int merge_log2 = 0;             // kDecodeCombine: how many warps merge a row
-  int64_t claims = 0;             // kDecodeStretches: short stretches that CTAs claim,
-  int claimed = 0;                //   which have so many sixteenths of the blocks
 };
 DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors);
 

@@ -11,10 +11,6 @@ constexpr int kCombineWarps = 8;
 constexpr int64_t kMostDecodeCtas = 192 * 2;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
 constexpr int kMostPartsRows = 32;
-// Stretches that may be claimed, for each CTA. Each leaves a partial result of all rows.
-constexpr int64_t kClaimsOfCta = 3;
-constexpr int64_t kMostClaimRows = 16;
-constexpr int kClaimed = 5;  // sixteenths of all blocks
 
 std::string RowsSuffix(int64_t rows, int64_t tile_heads) {
   return (tile_heads > 1 ? "_pairs_r" : "_r") + std::to_string(rows);
@@ -38,7 +34,6 @@ KernelSpec MakeDecodeMain(const Variant& variant, Common common, int smem_kb, bo
   AddBool(&fields, "kTma", tma);
   AddBool(&fields, "kParts", parts);
   AddBool(&fields, "kWgmma", tile.wgmma);
-  AddBool(&fields, "kClaims", !parts && tile.rows <= kMostClaimRows);
   AddInt(&fields, "kTileHeads", tile_heads);
   AddKeyDtypes(&fields, variant);
   KernelSpec kernel = {"decode.cuh",
@@ -144,11 +139,10 @@ Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int mul
   const uint32_t ctas = static_cast<uint32_t>(share.ctas);
   if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
   const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
-  // Nobody shares a tile.
-  const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0 && share.claims == 0;
+  const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
   const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
-  const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas + share.claims - 1, 0));
+  const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
   return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
 }
 
@@ -181,12 +175,6 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
   const int64_t ctas =
       std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
-  // Fewer blocks are read before the differences between multiprocessors have made one.
-  constexpr int64_t kLongOwn = 24;
-  if (ctas > 0 && tiles * blocks / ctas >= kLongOwn && Field(kernel, "kRows") <= kMostClaimRows) {
-    const int64_t claims = std::min(room - ctas, ctas * kClaimsOfCta);
-    if (claims >= ctas) return {ctas, kDecodeStretches, 0, 0, claims, kClaimed};
-  }
   if (ctas < tiles) {
     // Whole tiles need no merging: worth a few idle multiprocessors.
     const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
@@ -216,7 +204,7 @@ DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiproce
   const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
   // A warp asks for eight parts at a time.
   while (1 << share.merge_log2 < kCombineWarps &&
-         CeilDiv(share.ctas + share.claims, tiles) > int64_t{8} << share.merge_log2) {
+         CeilDiv(share.ctas, tiles) > int64_t{8} << share.merge_log2) {
     ++share.merge_log2;
   }
   return share;
@@ -225,14 +213,12 @@ DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiproce
 int64_t DecodeScratchFloats(const Variant& variant, const Problem& problem) {
   // The tile differs between architectures, its rows and blocks only by little: the larger ones.
   // 8-bit keys may have tiles of two heads.
-  const int64_t rows =
-      std::min<int64_t>((variant.fp8_kv ? 2 : 1) * problem.q_len * problem.group, 128);
+  const int64_t rows = std::min<int64_t>(2 * problem.q_len * problem.group, 128);
   const int64_t tiles = problem.batch * problem.num_kv_heads *
                         CeilDiv(std::max<int64_t>(problem.q_len * problem.group, 1), 16);
   const int64_t ctas =
       std::min(kMostDecodeCtas, tiles * std::max<int64_t>(CeilDiv(problem.kv_len, 16), 1));
-  const int64_t stretches = rows <= kMostClaimRows ? ctas * (1 + kClaimsOfCta) : ctas;
-  return kDecodeHeaderWords + stretches * (4 + 2 * rows * (2 + variant.head_dim_v));
+  return kDecodeHeaderWords + ctas * (4 + 2 * rows * (2 + variant.head_dim_v));
 }
 
 }  // namespace jfa

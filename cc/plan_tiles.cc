@@ -214,10 +214,9 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
   for (;; tile_rows *= 2) {
     const int warps = tile_rows > 64 ? 8 : 4;
     const bool wgmma = tma && !variant.fp8_kv && tile_rows >= 64;
-    // Q, the buffer through which outputs are merged, the rows' sums, a barrier of clusters, and
-    // what claims take.
+    // Q, the buffer through which outputs are merged, the rows' sums, and a barrier of clusters.
     const int merged_rows = wgmma ? 0 : 16 * warps;
-    const int fixed = 128 * panels * tile_rows + 4 * merged_rows * 72 + 8 * merged_rows + 64;
+    const int fixed = 128 * panels * tile_rows + 4 * merged_rows * 72 + 8 * merged_rows + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
     // With as many rows and columns there are no registers for the scores of more keys.
     const int block_panels = tile_rows == 16 ? stage_panels : most_panels;

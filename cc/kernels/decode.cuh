@@ -30,7 +30,6 @@
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_CUH_
 
 #include "barriers.cuh"
-#include "decode_claims.cuh"
 #include "decode_cluster.cuh"
 #include "decode_copies.cuh"
 #include "decode_queries.cuh"
@@ -73,9 +72,7 @@ struct Decode {
   static constexpr int kSmemStats = kSmemMerge + 4 * kMergedRows * kMergePitch;
   static constexpr int kSmemBarriers = kSmemStats + 8 * kMergedRows;
   static constexpr int kSmemResults = kSmemBarriers + 16 * C::kStages;  // the cluster's mbarrier
-  static constexpr int kSmemClaims = kSmemResults + 16;
-  using Claims = DecodeClaims;
-  static constexpr int kSmemBytes = kSmemClaims + Claims::kBytes;
+  static constexpr int kSmemBytes = kSmemResults + 16;
   enum NamedBarrier { kConsumersDone = 1 };
 
   static_assert(C::kRows == 16 * kRowWarps && kConsumerWarps == kRowWarps * kKeyWarps,
@@ -90,7 +87,6 @@ struct Decode {
 
   using Cluster = DecodeCluster<C::kRows, C::kHeadDimV / C::kTileHeads, kConsumers>;
   static_assert(!C::kParts || C::kTma, "clusters came with the copy engine");
-  static_assert(!C::kClaims || !C::kParts, "a cluster's CTAs have their parts");
   static_assert(!C::kWgmma || (C::kTma && !C::kFp8 && kRowWarps % 4 == 0 && kKeyWarps == 1),
                 "a warpgroup has 64 rows and all keys of a block");
   static_assert(!C::kParts || Cluster::kBytes <= kSmemQ, "results of others take the ring's place");
@@ -204,7 +200,7 @@ struct Decode {
   // Results of one tile, from the warps' fragments to rows in memory: final ones if the whole tile
   // was visited here, else a partial one in scratch; or, of a cluster, for each other and merged.
   static JFA_DEVICE void Store(const DecodeParams& params, const Rows& rows,
-                               const Sequence& sequence, int stretch, int partial, Output& out,
+                               const Sequence& sequence, int partial, Output& out,
                                const OnlineSoftmax<1>& softmax, unsigned char* smem, int warp,
                                int lane) {
     const ProblemParams& problem = params.fwd.problem;
@@ -307,8 +303,8 @@ struct Decode {
         }
         const float2 all = total(row);
         if (!C::kParts && partial >= 0) {
-          if (column == 0) scratch.RowsOf(stretch, partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(stretch, partial) +
+          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
           store(row, column, x, all);
@@ -330,31 +326,20 @@ struct Decode {
     const int warp = __shfl_sync(kFullWarp, ReadThreadIndex() / kWarpSize, 0);
     const int lane = ReadLaneIndex();
     const int row_warp = warp % kRowWarps, key_warp = warp / kRowWarps;
-    Walk walk(params);
-    Claims claims(smem + kSmemClaims);
+    Walk walk(params, blockIdx.x);
     Ring ring;
     const auto release = [&](int stage) {
       __syncwarp();
       if (lane == 0) MbarrierArrive(Empty(smem, stage));
     };
-    // For the combine kernel.
-    const auto leave_record = [&] {
-      if (C::kParts || ReadThreadIndex() != 0) return;
+    if (!C::kParts && ReadThreadIndex() == 0) {
       const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-      if (walk.stretch == 0) scratch.header->total = walk.total;
+      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
       const int start = walk.begin + walk.tile;
-      scratch.records[walk.stretch] = {start, start + Blocks(problem, walk.batch).Count(),
-                                       walk.tile < 0 ? walk.batch : -1, walk.unit};
-    };
-    leave_record();
-    while (true) {
-      if (walk.tile >= walk.length) {
-        if (!C::kClaims || walk.num_claims == 0) return;
-        const int claim = claims.Next();
-        if (claim < 0) return;
-        walk.Enter(params, walk.num_own + claim);
-        leave_record();
-      }
+      scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
+                                     walk.tile < 0 ? walk.batch : -1, walk.unit};
+    }
+    while (walk.tile < walk.length) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
       const int count = tiles.Count(), first = Max(-walk.tile, 0);
@@ -513,12 +498,10 @@ struct Decode {
                                          : -1;
       if constexpr (C::kWgmma) {
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
-        Wide::Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem + kSmemQ,
-                    row_warp, lane);
+        Wide::Store(params, rows, sequence, partial, out, softmax, smem + kSmemQ, row_warp, lane);
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
       } else {
-        Store(params, rows, sequence, walk.stretch, partial, out, softmax, smem_pointer, warp,
-              lane);
+        Store(params, rows, sequence, partial, out, softmax, smem_pointer, warp, lane);
       }
       walk.Advance(count);
     }
@@ -538,7 +521,6 @@ struct Decode {
         MbarrierInit(Empty(smem, stage), kConsumerWarps);
       }
       if (C::kParts && warp == 0) MbarrierInit(smem + kSmemResults, 1);
-      if (C::kClaims && warp == 0) Claims(smem + kSmemClaims).Init(C::kWarps - 1);
       if constexpr (C::kTma) FenceMbarrierInit();
     }
     __syncthreads();

@@ -2,7 +2,7 @@
 //
 // Such a tile has a first boundary between two stretches (decode_share.cuh). Each row of each of
 // them is merged by 1 << merge_log2 warps, which take the parts in turns and then add up what they
-// have; a lane has four columns at a time. The order is that of the stretches, then of the warps:
+// have; a lane has four columns at a time. The order is that of the CTAs, then of the warps:
 // results repeat bit by bit.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_COMBINE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_COMBINE_CUH_
@@ -33,42 +33,47 @@ struct DecodeCombine {
     }
   };
 
-  // The stretch that begins at the first boundary within a tile: the one number `index` of those
-  // that have one, or tile `index` of sequences that are alike. Num() if there is none. By a whole
+  // The CTA whose stretch begins at the first boundary within a tile: that number `index` of those
+  // that have one, or of all, if all visit the same blocks. num_ctas if there is none. By a whole
   // warp.
-  static JFA_DEVICE int FindBoundary(const DecodeScratch& scratch, const Stretches& stretches,
-                                     int blocks_of_tile, int index) {
-    const int num = stretches.Num();
-    if (blocks_of_tile > 0) {
-      const int start = index * blocks_of_tile, found = stretches.IndexOf(start) + 1;
-      return found < num && stretches.Begin(found) < start + blocks_of_tile ? found : num;
-    }
-    constexpr int kAtOnce = 12;  // asked for before one is looked at
+  static JFA_DEVICE int FindBoundary(const DecodeScratch& scratch, const DecodeParams& params,
+                                     int num_tiles, int index) {
+    constexpr int kMostCtas = 384;  // kMostDecodeCtas of plan_decode.cc
+    constexpr int kSteps = kMostCtas / kWarpSize;
     const int lane = ReadLaneIndex();
-    int seen = 0;
-    for (int first = 0; first < num; first += kAtOnce * kWarpSize) {
-      int start[kAtOnce];
+    const DecodeScratch::Header header = *scratch.header;
+    const Stretches stretches(header.total, header.num_ctas);
+    const ProblemParams& p = params.fwd.problem;
+    if (p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr) {
+      const int blocks = header.total / num_tiles, start = index * blocks;  // of each tile
+      const int cta = stretches.OwnerOf(start) + 1;
+      const bool is_within = cta < header.num_ctas && stretches.Begin(cta) < start + blocks;
+      return is_within ? cta : header.num_ctas;
+    }
+    int start[kSteps];
+    // All are asked for before one is looked at.
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int stretch = first + i * kWarpSize + lane;
-        start[i] = -1;
-        if (stretch < num && stretch > 0) {
-          const DecodeScratch::Record tile = scratch.records[stretch];
-          if (tile.batch >= 0) start[i] = tile.tile_start;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int stretch = first + i * kWarpSize + lane;
-        const bool is_first = start[i] >= 0 && stretches.Begin(stretch - 1) <= start[i];
-        const uint32 firsts = __ballot_sync(kFullWarp, is_first);
-        const bool is_it = is_first && seen + __popc(firsts & ((1u << lane) - 1)) == index;
-        const uint32 it = __ballot_sync(kFullWarp, is_it);
-        if (it != 0) return first + i * kWarpSize + __ffs(it) - 1;
-        seen += __popc(firsts);
+    for (int i = 0; i < kSteps; ++i) {
+      const int cta = i * kWarpSize + lane;
+      start[i] = -1;
+      if (cta < params.num_ctas && cta > 0) {
+        const DecodeScratch::Record tile = scratch.records[cta];
+        if (tile.batch >= 0) start[i] = tile.tile_start;
       }
     }
-    return num;
+    int found = header.num_ctas, seen = 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int cta = i * kWarpSize + lane;
+      const bool is_first =
+          start[i] >= 0 && cta < header.num_ctas && stretches.Begin(cta - 1) <= start[i];
+      const uint32 firsts = __ballot_sync(kFullWarp, is_first);
+      const bool is_it = is_first && seen + __popc(firsts & ((1u << lane) - 1)) == index;
+      const uint32 it = __ballot_sync(kFullWarp, is_it);
+      if (it != 0) found = i * kWarpSize + __ffs(it) - 1;
+      seen += __popc(firsts);
+    }
+    return found;
   }
 
   static JFA_DEVICE void Run(const DecodeParams& params) {
@@ -83,24 +88,23 @@ struct DecodeCombine {
     const int share = warp & ((1 << log2) - 1);
     const int row = (blockIdx.x - index * row_groups) * group_rows + (warp >> log2);
     WaitForKernelBefore();
-    const Stretches stretches(params, scratch.header->total);
-    // Where there are fewer tiles than boundaries, there is a place in the grid for each of them.
+    // Where there are fewer tiles than CTAs, there is a place in the grid for each of them only.
     const int num_tiles =
         problem.batch * CeilDiv(problem.num_kv_heads, C::kTileHeads) * params.row_tiles;
-    int first = 1 + index;
-    if (num_tiles < params.num_ctas + params.num_claims - 1) {
-      const bool alike = problem.q_lengths == nullptr && problem.kv_lengths == nullptr &&
-                         problem.query_offsets == nullptr;
-      first =
-          FindBoundary(scratch, stretches, alike ? scratch.header->total / num_tiles : 0, index);
+    const int cta = num_tiles < params.num_ctas - 1
+                        ? FindBoundary(scratch, params, num_tiles, index)
+                        : 1 + index;
+    // Both are asked for before one is waited for; the record of a CTA that has none isn't used.
+    const DecodeScratch::Header header = *scratch.header;
+    const DecodeScratch::Record tile = scratch.records[Min(cta, params.num_ctas - 1)];
+    const Stretches stretches(header.total, header.num_ctas);
+    if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
+      return;
     }
-    if (first >= stretches.Num()) return;
-    const DecodeScratch::Record tile = scratch.records[first];
-    if (tile.batch < 0 || stretches.Begin(first - 1) > tile.tile_start) return;
     const DecodeRows<C::kRows, C::kTileHeads> rows(params, tile.batch, tile.unit);
     const bool has_row = rows.Exists(problem, row);
 
-    const int num_parts = stretches.IndexOf(tile.tile_end - 1) - first + 2;
+    const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
     const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
     const int token = rows.TokenOf(problem, row), head = rows.HeadOf(problem, row);
     for (int column0 = 0; column0 < problem.head_dim_v; column0 += 4 * kWarpSize) {
@@ -115,11 +119,11 @@ struct DecodeCombine {
           for (int i = 0; i < kAtOnce; ++i) {
             const int p = part + (i << log2);
             if (p >= num_parts) break;
-            const int stretch = first - 1 + p;
+            const int owner = cta - 1 + p;
             const int which = p == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
-            parts_of[i].total = scratch.RowsOf(stretch, which)[row];
+            parts_of[i].total = scratch.RowsOf(owner, which)[row];
             parts_of[i].x = *reinterpret_cast<const float4*>(
-                scratch.OutOf(stretch, which) + static_cast<int64>(row) * problem.head_dim_v +
+                scratch.OutOf(owner, which) + static_cast<int64>(row) * problem.head_dim_v +
                 column);
           }
 #pragma unroll

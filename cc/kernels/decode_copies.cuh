@@ -116,17 +116,16 @@ struct DecodeCopies {
     MbarrierArriveAfterCopies(full);
   }
 
-  // With the copy engine a warp brings the blocks of K and another one those of V, which take turns
-  // in the ring: ordering a page's rows takes a warp 50 ns.
+  // With the copy engine one warp brings all; or, of pages, the blocks of K, and another one those
+  // of V, because ordering the rows of a page takes a warp 50 ns.
   static JFA_DEVICE void Produce(const DecodeParams& params, uint32 smem) {
     const FwdParams& fwd = params.fwd;
-    const bool is_second =
-        C::kTma && ReadThreadIndex() >= Kernel::kConsumers + kWarpSize;  // brings V
-    if (C::kTma && ReadThreadIndex() >= Kernel::kConsumers + 2 * kWarpSize) return;
-    Walk walk(params);
-    typename Kernel::Claims claims(smem + Kernel::kSmemClaims);
+    const bool paged = fwd.pages.table != nullptr;
+    const int warp = (ReadThreadIndex() - Kernel::kConsumers) / kWarpSize;
+    if (C::kTma && warp >= (paged ? 2 : 1)) return;
+    const bool brings_k = warp == 0, brings_v = warp == 1 || !paged;
+    Walk walk(params, blockIdx.x);
     Ring ring;
-    if (is_second) ring.Advance();
     PageWindow window;
     uint32 stage, full;
     const auto next_stage = [&] {
@@ -135,17 +134,7 @@ struct DecodeCopies {
       full = Kernel::Full(smem, ring.stage);
       ring.Advance();
     };
-    while (true) {
-      if (walk.tile >= walk.length) {
-        if (!C::kClaims || walk.num_claims == 0) return;
-        const int claim =
-            ReadThreadIndex() < Kernel::kConsumers + kWarpSize
-                ? claims.Claim(&DecodeScratch::Of<C::kRows>(params).header->num_claimed,
-                               walk.num_claims)
-                : claims.Next();
-        if (claim < 0) return;
-        walk.Enter(params, walk.num_own + claim);
-      }
+    while (walk.tile < walk.length) {
       const Blocks tiles(fwd.problem, walk.batch);
       const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
       const int last = Min(walk.length - walk.tile, count);
@@ -153,12 +142,17 @@ struct DecodeCopies {
         const int key0 = tiles.blocks.At(i) * C::kBlockN;
         if constexpr (C::kTma) {
           const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
-          next_stage();
-          ring.Advance();  // the other warp's
-          if (is_second) {
+          if (brings_k) {
+            next_stage();
+            LoadByEngine<Kernel::kPanelsK>(&params.k, boxes, params.box_rows, stage, full);
+          } else {
+            ring.Advance();
+          }
+          if (brings_v) {
+            next_stage();
             LoadByEngine<Kernel::kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
           } else {
-            LoadByEngine<Kernel::kPanelsK>(&params.k, boxes, params.box_rows, stage, full);
+            ring.Advance();
           }
         } else {
           next_stage();

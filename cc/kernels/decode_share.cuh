@@ -23,31 +23,23 @@
 
 namespace jfa {
 
-// Long lines are cut otherwise, because multiprocessors aren't equally fast when memory is busy
-// (those of a GPU's smaller groups have more of it):
-//
-//   stretches  |<--- c0 --->|<--- c1 --->|<--- c2 --->|<--- c3 --->|<>|<>|<>|<>|<>|<>|<>|<>|
-//
-// The short ones behind belong to nobody: who is done with his own claims the next one. Who visits
-// a stretch depends on timing then, but not what comes of it.
-//
-// Scratch, in 4-byte words: a header, a record per stretch, reference and sum of the rows of each
-// partial result, their outputs. plan_decode.cc (DecodeScratchFloats) computes the same sum.
+// Scratch, in 4-byte words: a header, a record per CTA, reference and sum of the rows of each
+// partial result, their outputs. plan.cc (DecodeScratchFloats) computes the same sum.
 struct DecodeScratch {
-  // Of the tile in the middle of which a stretch begins; batch -1 if it begins at a tile's start.
+  // Of the tile in the middle of which a CTA begins; batch -1 if it begins at a tile's start.
   struct Record {
     int tile_start, tile_end;  // in the line of blocks
     int batch, unit;
   };
   struct Header {
     int total;  // blocks
+    int num_ctas;
     int unused[2];
-    int num_claimed;  // so far; the host clears it
   };
   Header* header;
   Record* records;
-  float2* rows;  // [2 * stretches][rows_stored]: reference (log2) and sum of weights
-  float* out;    // [2 * stretches][rows_stored][head_dim_v]
+  float2* rows;  // [2 * num_ctas][rows_stored]: reference (log2) and sum of weights
+  float* out;    // [2 * num_ctas][rows_stored][head_dim_v]
   int rows_stored;
   int head_dim_v;
 
@@ -58,61 +50,31 @@ struct DecodeScratch {
     s.head_dim_v = p.fwd.problem.head_dim_v;
     s.header = reinterpret_cast<Header*>(p.scratch);
     s.records = reinterpret_cast<Record*>(s.header + 1);
-    const int num_stretches = p.num_ctas + p.num_claims;
-    s.rows = reinterpret_cast<float2*>(s.records + num_stretches);
-    s.out = reinterpret_cast<float*>(s.rows + 2 * num_stretches * s.rows_stored);
+    s.rows = reinterpret_cast<float2*>(s.records + p.num_ctas);
+    s.out = reinterpret_cast<float*>(s.rows + 2 * p.num_ctas * s.rows_stored);
     return s;
   }
   static constexpr int kHead = 0, kTail = 1;
-  JFA_DEVICE float2* RowsOf(int stretch, int which) const {
-    return rows + (2 * stretch + which) * rows_stored;
+  JFA_DEVICE float2* RowsOf(int cta, int which) const {
+    return rows + (2 * cta + which) * rows_stored;
   }
-  JFA_DEVICE float* OutOf(int stretch, int which) const {
-    return out + (2 * stretch + which) * rows_stored * static_cast<int64>(head_dim_v);
+  JFA_DEVICE float* OutOf(int cta, int which) const {
+    return out + (2 * cta + which) * rows_stored * static_cast<int64>(head_dim_v);
   }
 };
 
-// `total` blocks in `num` stretches, which differ by one at most.
-struct EqualStretches {
+// `total` blocks (below 2^31, as plan.cc sees to) for num_ctas CTAs, which differ by one at most.
+struct Stretches {
   int each, longer;  // blocks of a stretch; how many of the first have one more
 
-  JFA_DEVICE EqualStretches(int total, int num) : each(num > 0 ? total / num : 0) {
-    longer = total - each * num;
+  JFA_DEVICE Stretches(int total, int num_ctas) : each(total / num_ctas) {
+    longer = total - each * num_ctas;
   }
-  JFA_DEVICE int Begin(int i) const { return i * each + Min(i, longer); }
-  JFA_DEVICE int IndexOf(int block) const {
+  JFA_DEVICE int Begin(int cta) const { return cta * each + Min(cta, longer); }
+  // The CTA that has that block.
+  JFA_DEVICE int OwnerOf(int block) const {
     const int in_longer = longer * (each + 1);
     return block < in_longer ? block / (each + 1) : longer + (block - in_longer) / each;
-  }
-};
-
-// How the line of `total` blocks (below 2^31, as plan_decode.cc sees to) is cut.
-struct Stretches {
-  int claimed_blocks, own_blocks;
-  int num_own, num_claims;  // no CTA without blocks: it would be the end of one that nobody walks
-  EqualStretches own, claims;
-
-  JFA_DEVICE Stretches(const DecodeParams& p, int total)
-      : claimed_blocks(ClaimedOf(p, total)),
-        own_blocks(total - claimed_blocks),
-        num_own(Min(p.num_ctas, own_blocks)),
-        num_claims(Min(p.num_claims, claimed_blocks / kLeastClaim)),
-        own(own_blocks, num_own),
-        claims(claimed_blocks, num_claims) {}
-  JFA_DEVICE int Num() const { return num_own + num_claims; }
-  // From 0 to Num(), where the line ends.
-  JFA_DEVICE int Begin(int i) const {
-    return i <= num_own ? own.Begin(i) : own_blocks + claims.Begin(i - num_own);
-  }
-  // The stretch that has that block.
-  JFA_DEVICE int IndexOf(int block) const {
-    return block < own_blocks ? own.IndexOf(block) : num_own + claims.IndexOf(block - own_blocks);
-  }
-
- private:
-  static constexpr int kLeastClaim = 4, kLeastOwn = 8;
-  static JFA_DEVICE int ClaimedOf(const DecodeParams& p, int total) {
-    return p.num_claims > 0 && total / p.num_ctas >= 2 * kLeastOwn ? total / 16 * p.claimed : 0;
   }
 };
 
@@ -130,73 +92,54 @@ struct DecodeSequence {
   JFA_DEVICE int Count() const { return Max(blocks.Count(), 1); }
 };
 
-// A stretch, and the tile at which one is in it. Used by whole warps.
+// The stretch of one CTA, and the tile that it stands at. Used by whole warps.
 template <MaskKind kMask, int kBlockN, int kTileHeads, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
-  int total, num_own, num_claims;
-  int stretch, begin, length;
+  int total, num_ctas;
+  int begin, length;  // of the stretch
   int tile;         // where the tile begins, from the stretch's begin; the first one may be below 0
   int batch, unit;  // unit: key head (or pair of them) * row_tiles + row tile
   int num_units;
 
-  // At the CTA's own stretch, or its part.
-  JFA_DEVICE explicit DecodeWalk(const DecodeParams& params) {
+  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
     const ProblemParams& p = params.fwd.problem;
     num_units = CeilDiv(p.num_kv_heads, kTileHeads) * params.row_tiles;
     if constexpr (kParts) {
-      TakePart(p, params.parts_log2, blockIdx.x);
+      TakePart(p, params.parts_log2, cta);
       return;
     }
-    if (AreAlike(p)) {
-      total = p.batch * num_units * Blocks(p, 0).Count();
-      Enter(params, blockIdx.x);
-      return;
-    }
-    // Each lane counts the blocks of some sequences that follow each other.
-    const int lane = ReadLaneIndex(), each = CeilDiv(p.batch, kWarpSize);
-    const int first = Min(lane * each, p.batch), last = Min(first + each, p.batch);
-    lane_own = 0;
-#pragma unroll 4
-    for (int b = first; b < last; ++b) lane_own += Blocks(p, b).Count();
-    lane_sum = lane_own;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, lane_sum, distance);
-      if (lane >= distance) lane_sum += other;
-    }
-    total = num_units * __shfl_sync(kFullWarp, lane_sum, kWarpSize - 1);
-    Enter(params, blockIdx.x);
-  }
-
-  // All sequences have the same blocks.
-  static JFA_DEVICE bool AreAlike(const ProblemParams& p) {
-    return p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
-  }
-
-  // To the begin of a stretch.
-  JFA_DEVICE void Enter(const DecodeParams& params, int index_of_stretch) {
-    const ProblemParams& p = params.fwd.problem;
-    const Stretches stretches(params, total);
-    stretch = index_of_stretch;
-    num_own = stretches.num_own;
-    num_claims = stretches.num_claims;
-    const bool exists = stretch < stretches.Num();
-    begin = exists ? stretches.Begin(stretch) : 0;
-    length = exists ? stretches.Begin(stretch + 1) - begin : 0;
-    if (AreAlike(p)) {
-      const int count = Blocks(p, 0).Count(), index = begin / count;
+    const bool alike =
+        p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
+    if (alike) {
+      const int count = Blocks(p, 0).Count();
+      total = p.batch * num_units * count;
+      Divide(params.num_ctas, cta);
+      const int index = begin / count;
       tile = index * count - begin;
       batch = index / num_units;
       unit = index - batch * num_units;
       return;
     }
-    const int each = CeilDiv(p.batch, kWarpSize);
-    const uint32 found = __ballot_sync(kFullWarp, begin < num_units * lane_sum);
+    // Each lane counts the blocks of some sequences that follow each other.
+    const int lane = ReadLaneIndex(), each = CeilDiv(p.batch, kWarpSize);
+    const int first = Min(lane * each, p.batch), last = Min(first + each, p.batch);
+    int own = 0;
+#pragma unroll 4
+    for (int b = first; b < last; ++b) own += Blocks(p, b).Count();
+    int sum = own;  // inclusive prefix sum
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    total = num_units * __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+    Divide(params.num_ctas, cta);
+    const uint32 found = __ballot_sync(kFullWarp, begin < num_units * sum);
     const int owner = found != 0 ? __ffs(found) - 1 : kWarpSize - 1;
     batch = Min(owner * each, p.batch - 1);
-    int left = begin - num_units * __shfl_sync(kFullWarp, lane_sum - lane_own, owner);
+    int left = begin - num_units * __shfl_sync(kFullWarp, sum - own, owner);
     int count = Blocks(p, batch).Count();
     while (batch + 1 < p.batch && left >= num_units * count) {
       left -= num_units * count;
@@ -216,8 +159,6 @@ struct DecodeWalk {
   }
 
  private:
-  int lane_own, lane_sum;  // blocks of this lane's sequences, and of all up to them
-
   // The part of a cluster's CTA in the cluster's tile. It may be empty, but then it isn't the first
   // one, and the walk comes to the tile all the same: somebody waits for its result.
   JFA_DEVICE void TakePart(const ProblemParams& p, int parts_log2, int cta) {
@@ -228,7 +169,16 @@ struct DecodeWalk {
     const auto part_begin = [&](int part) { return (count * part + size - 1) >> parts_log2; };
     tile = -part_begin(rank);
     length = part_begin(rank + 1) + tile;
-    begin = total = stretch = num_own = num_claims = 0;  // there is no line
+    begin = total = num_ctas = 0;  // there is no line
+  }
+
+  // CTAs without a block of their own would be ends of stretches that nobody walks.
+  JFA_DEVICE void Divide(int most, int cta) {
+    num_ctas = Min(most, total);
+    const Stretches stretches(total, num_ctas);
+    const bool works = cta < num_ctas;
+    begin = works ? stretches.Begin(cta) : 0;
+    length = works ? stretches.Begin(cta + 1) - begin : 0;
   }
 };
 

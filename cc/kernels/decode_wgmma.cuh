@@ -77,7 +77,7 @@ struct DecodeWgmma {
   // queries, 32 columns at a time: rows of 128 bytes are written faster than pieces of 32.
   static JFA_DEVICE void Store(const DecodeParams& params,
                                const DecodeRows<C::kRows, C::kTileHeads>& rows,
-                               const Sequence& sequence, int stretch, int partial,
+                               const Sequence& sequence, int partial,
                                const float (&out)[1][C::kHeadDimV / 8][4],
                                const OnlineSoftmax<1>& softmax, uint32 smem_q, int row_warp,
                                int lane) {
@@ -121,8 +121,8 @@ struct DecodeWgmma {
                                      __uint_as_float(bits.z), __uint_as_float(bits.w));
         if (row >= rows.num || column >= problem.head_dim_v) continue;
         if (partial >= 0) {
-          if (column == 0) scratch.RowsOf(stretch, partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(stretch, partial) +
+          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
           StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),

@@ -85,8 +85,6 @@ struct DecodeParams {
   int box_rows;    // rows of their boxes: a block of keys, or what of it is surely in one page
   FwdParams fwd;
   int num_ctas;    // that share the key blocks
-  int num_claims;  // stretches that they claim when they are done with their own; at most
-  int claimed;     // sixteenths of the blocks that are in those
   int parts_log2;  // Config::kParts: how many CTAs, a cluster, share one tile
   int rows;        // queries of a tile's key heads: q_len * group, times 2 for pairs
   int row_tiles;   // tiles of kRows of them

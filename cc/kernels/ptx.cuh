@@ -70,11 +70,6 @@ JFA_DEVICE void StoreShared16(uint32 smem, uint4 v) {
                "r"(v.w)
                : "memory");
 }
-JFA_DEVICE uint32 LoadShared4(uint32 smem) {
-  uint32 v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
-  return v;
-}
 JFA_DEVICE uint4 LoadShared16(uint32 smem) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
