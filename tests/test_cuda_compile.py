@@ -162,6 +162,16 @@ def test_every_plan_fits_its_architecture(H, op, features, arch):
         assert kernel["threads"] % 32 == 0 and kernel["threads"] <= 1024
 
 
+@pytest.mark.parametrize("arch", SMEM_LIMIT)
+@pytest.mark.parametrize("features", [[], ["paged"], ["segments", "alibi"], ["packed"]], ids=str)
+def test_every_plan_of_fp8_keys_fits_its_architecture(features, arch):
+    for H, Hv in itertools.product(range(16, 257, 48), range(16, 257, 16)):
+        described = plan(H=H, Hv=Hv, features=["fp8_kv", *features], arch=arch)
+        assert described["error"] == ""
+        [kernel] = described["kernels"]
+        assert kernel["smem_bytes"] <= SMEM_LIMIT[arch] * 1024, kernel["symbol"]
+
+
 def test_symbols_say_the_variant():
     [kernel] = plan(H=128, Hv=128, features=["softcap", "packed"], arch=80)["kernels"]
     assert kernel["symbol"] == "jfa_fwd_sm80_bf16_d128_causal_softcap_packed"

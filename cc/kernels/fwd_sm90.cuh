@@ -53,7 +53,7 @@ struct FwdSm90 {
   // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
   // To convert keys takes more.
   static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged || C::kFp8;
-  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 80
+  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 72
                                             : kSearches                  ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
@@ -110,6 +110,9 @@ struct FwdSm90 {
                 "blocks that a warpgroup lets pass keep their values until it has passed them all");
   static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
   static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
+  static_assert(kConsumers == 1 || kProducerRegisters + kConsumers * kConsumerRegisters <=
+                                       (kConsumers + 1) * (65536 / (32 * C::kWarps) / 8 * 8),
+                "no warpgroup waits for registers that nobody gives away");
   static_assert(C::kFp8 ? C::kStagesQ == 1 && C::kStages8 >= 1 && C::kStages8 <= 4
                         : C::kStages8 == 0,
                 "queries are converted when a tile begins; notes have room for four");

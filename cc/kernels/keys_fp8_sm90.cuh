@@ -90,15 +90,15 @@ struct KeysFp8Sm90 {
       const uint32 source = smem + Kernel::kSmem8 + ring.stage * kBytes;
       uint32 full;
       if (note == kKeys) {
-        MbarrierWait(barrier(Kernel::kEmptyK, k.stage), k.parity ^ 1);
         ConvertBlock<C::kE5m2K, Kernel::kPanels>(
-            source, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK, C::kBlockN);
+            source, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK, C::kBlockN,
+            [&] { MbarrierWait(barrier(Kernel::kEmptyK, k.stage), k.parity ^ 1); });
         full = barrier(Kernel::kFullK, k.stage);
         k.Advance();
       } else {
-        MbarrierWait(barrier(Kernel::kEmptyV, v.stage), v.parity ^ 1);
         ConvertBlock<C::kE5m2V, Kernel::kPanelsV>(
-            source, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV, note);
+            source, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV, note,
+            [&] { MbarrierWait(barrier(Kernel::kEmptyV, v.stage), v.parity ^ 1); });
         full = barrier(Kernel::kFullV, v.stage);
         v.Advance();
       }
@@ -115,8 +115,10 @@ struct KeysFp8Sm90 {
   // them in the same banks, neither when they read nor when they write every other chunk.
   //
   // The next batch is asked for before one is converted: three warps can't hide a load otherwise.
-  template <bool kE5m2, int kPanels>
-  static JFA_DEVICE void ConvertBlock(uint32 source, uint32 target, int count) {
+  // wait_empty() waits for the target.
+  template <bool kE5m2, int kPanels, class WaitEmpty>
+  static JFA_DEVICE void ConvertBlock(uint32 source, uint32 target, int count,
+                                      const WaitEmpty& wait_empty) {
     constexpr int kGroups = C::kBlockN / 8, kTurns = (kGroups + kWarps - 1) / kWarps;
     constexpr int kTurnBytes = kWarps * 8 * kRowBytes;
     constexpr int kBatch = kPanels >= kAtOnce ? 1 : kAtOnce / kPanels,
@@ -162,6 +164,7 @@ struct KeysFp8Sm90 {
       }
     };
     load(0);
+    wait_empty();
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
       if (batch + 1 < kBatches) load(batch + 1);

@@ -1,9 +1,10 @@
 // From scores to weights in e4m3, in the registers that the product with V reads them from.
 //
 // Two ways. One looks for each row's largest score first, as the 16-bit kernel does. The other is
-// optimistic: it weighs under the reference at hand and looks for large results, four at a time;
-// where one came near the end of e4m3 it takes a new reference and weighs the block again. Once all
-// rows have seen a key nearly no block needs it, and what is saved is a maximum per element.
+// optimistic: it weighs under the reference at hand and looks for large results, eight at a time by
+// their sum, which the softmax wants anyway; where one may be near the end of e4m3 it takes a new
+// reference and weighs the block again. Once all rows have seen a key nearly no block needs it, and
+// what is saved is a maximum per element.
 #ifndef JAX_FLASHATTN_CC_KERNELS_WEIGHTS_FP8_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_WEIGHTS_FP8_CUH_
 
@@ -81,27 +82,33 @@ struct WeightsFp8 {
   }
 
  private:
-  // False if a weight is 256 or more, or not a number: bytes whose bits 3 to 6 are all set.
+  // False if a weight may be 256 or more, or is not a number. Eight that are no larger than a new
+  // reference makes them don't add up to so much.
   static JFA_DEVICE bool TryWeights(Array& p, const Scores& s, const Softmax& softmax,
                                     float (&sum)[2]) {
-    uint32 high = 0;
+    float highest = 0.f;
     sum[0] = sum[1] = 0.f;
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = i % 2;
-        float w[4];
+      for (int row = 0; row < 2; ++row) {
+        float eight = 0.f;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          w[e] = Exp2(fmaf(Score(s, step, i, e), softmax.scale, softmax.neg_reference[row]));
+        for (int i = row; i < 4; i += 2) {
+          float w[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            w[e] = Exp2(fmaf(Score(s, step, i, e), softmax.scale, softmax.neg_reference[row]));
+          }
+          p[step][i] = PackE4m3(w[0], w[1], w[2], w[3]);
+          const float four = (w[0] + w[1]) + (w[2] + w[3]);
+          eight = i == row ? four : eight + four;
         }
-        sum[row] += (w[0] + w[1]) + (w[2] + w[3]);
-        p[step][i] = PackE4m3(w[0], w[1], w[2], w[3]);
-        high |= p[step][i] + 0x08080808u;
+        sum[row] += eight;
+        asm("max.NaN.f32 %0, %0, %1;" : "+f"(highest) : "f"(eight));
       }
     }
-    return (high & 0x80808080u) == 0;
+    return highest < 256.f;
   }
 };
 
