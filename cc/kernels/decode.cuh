@@ -12,8 +12,8 @@
 //             those of mma.sync; with kWgmma, where a warpgroup has 64 rows and all keys, of wgmma,
 //             or each warp would read all keys from shared memory for its 16 rows. The rest
 //             produce: they keep a ring of kStages buffers full, a block of K, then one of V,
-//             across tiles. With kTma they are two warps that order copies by the tensor copy
-//             engine, else four that use cp.async.
+//             across tiles. With kTma one of them orders copies by the tensor copy engine, of pages
+//             two, else four use cp.async.
 // Pairs       With kTileHeads 2 a tile is of two key heads: their 8-bit rows of 64 are one of 128,
 //             and each query is zero where the other head is. Memory is read 128 bytes at a time
 //             anyway.
@@ -45,7 +45,7 @@ namespace jfa {
 template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
-  // Two of them order copies; a whole warpgroup can give registers to others.
+  // Not all of them work with the copy engine; but only a warpgroup can give registers to others.
   static constexpr int kProducerWarps = C::kTma && !C::kWgmma ? 2 : 4;
   static constexpr int kConsumerWarps = C::kWarps - kProducerWarps;
   static constexpr int kConsumers = kConsumerWarps * kWarpSize;
@@ -499,7 +499,7 @@ struct Decode {
       if constexpr (C::kWgmma) {
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
         Wide::Store(params, rows, sequence, partial, out, softmax, smem + kSmemQ, row_warp, lane);
-        NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
+        NamedBarrierSync(kConsumersDone, kConsumers);  // the next tile's may come
       } else {
         Store(params, rows, sequence, partial, out, softmax, smem_pointer, warp, lane);
       }

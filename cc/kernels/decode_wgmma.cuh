@@ -15,7 +15,7 @@ struct DecodeWgmma {
   static constexpr int kWarpgroupThreads = 4 * kWarpSize;
   static constexpr int kDimSteps = C::kHeadDim / 16, kKeySteps = C::kBlockN / 16;
 
-  // Of a thread. The producers' warpgroup keeps what it needs, so many consumers get the rest.
+  // Of a thread. The producers' warpgroup keeps what it needs, the consumers share the rest.
   static constexpr int kProducerRegisters = 56;
   template <int kConsumers>
   static JFA_DEVICE constexpr int Registers() {
