@@ -72,6 +72,9 @@ int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
 int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
               int multiprocessors) {
   const int64_t blocks = DecodeBlocks(kernel, problem);
+  // A tile for each multiprocessor needs no merging, and one CTA keeps up with memory.
+  const bool fills = tiles <= multiprocessors && tiles * 10 >= multiprocessors * 9;
+  if (fills && problem.alike) return 0;
   // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
   // of 14, 16 and 18, which no cluster crosses.
   const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,

@@ -142,20 +142,23 @@ bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   return fields(a) == fields(b);
 }
 
-// With 8-bit keys: buffers for them instead of a second one of queries. What converts them takes
-// the registers that a search takes.
+// With 8-bit keys: buffers for them instead of a second one of queries. Each block is converted
+// once for all rows of a tile, but more rows than 128 compute too much under a mask.
 FwdSm90Tile PickFwdFp8Keys(int head_dim, int head_dim_v, const Variant& variant) {
   const int size = std::max(head_dim, head_dim_v);
+  const bool segments = variant.segments, full = variant.mask == Mask::kFull;
+  const bool capped = variant.softcap || variant.alibi;
+  const bool plain = !segments && !variant.packed && !capped && !variant.paged;
   if (size <= 64) {
-    if (variant.segments || variant.packed) return {128, 128, 2, false, 1, 2};
-    return {192, 112, 2, true, 1, 2};
+    if (segments || variant.packed) return {128, 128, 2, false, 1, 4};
+    return {192, 112, 2, true, 1, 4};
   }
-  if (size <= 128 && variant.segments) {
-    return {128, variant.softcap || variant.alibi ? 64 : 96, 2, false, 1, 2};
+  if (plain && full && variant.keys != Length::kShort) {
+    if (size <= 96) return {192, 96, 2, true, 1, 4};
+    if (head_dim == 128 && head_dim_v == 128) return {192, 80, 2, true, 1, 4};
   }
-  if (size <= 128) return {128, 128, 2, false, 1, 2};
-  if (size <= 192) return {128, variant.segments ? 64 : 80, 2, false, 1, 2};
-  return {128, 64, 2, false, 1, 2};
+  if (size <= 128) return {128, !segments ? 128 : capped ? 64 : 96, 2, false, 1, 2};
+  return {128, size <= 192 && !segments ? 80 : 64, 2, false, 1, 2};
 }
 
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
