@@ -129,8 +129,7 @@ TileClasses BwdSm90Classes(const Variant& variant) {
       variant.family == Family::kSm80 || (size == 32 && variant.family != Family::kSm90)) {
     return {0, 0};
   }
-  if (size <= 64) return {64, 64};
-  if (size <= 128) return {128, 128};
+  if (size <= 128) return {std::max(size, 64), std::max(size, 64)};
   const auto panels = [](int dim) { return (dim + 63) / 64 * 64; };
   return {panels(variant.head_dim), panels(variant.head_dim_v)};
 }
@@ -140,11 +139,11 @@ KernelSpec MakeBwdSm90(const Variant& variant, const Common& common) {
   const bool wide = size > 128;
   const BwdSm90Tile tile = PickBwdSm90Tile(size);
   const int warps = 12, exchanged = wide ? 4 : 2;  // panels of P and dS
+  const int panels = (common.head_dim + 63) / 64 + (common.head_dim_v + 63) / 64;
   // K, V, Q and dO; what warpgroups exchange; the rows' statistics; barriers.
-  const int smem =
-      2 * (common.head_dim + common.head_dim_v) * (tile.block_n + tile.stages * tile.block_m) +
-      2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
-      8 * (1 + 4 * tile.stages);
+  const int smem = 128 * panels * (tile.block_n + tile.stages * tile.block_m) +
+                   2 * exchanged * tile.block_m * tile.block_n + tile.stages * 8 * tile.block_m +
+                   8 * (1 + 4 * tile.stages);
   Fields fields = CommonFields(variant, common, warps, 1);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddBool(&fields, "kDqSums", !variant.deterministic);

@@ -39,17 +39,28 @@ struct BwdSm90 {
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
-  static constexpr int kDqColumns = C::kHeadDim / Tiles::kConsumers;  // of one warpgroup
+  // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and
+  // the other the rest. Then each has code of its own, else kGroup is -1.
+  static constexpr bool kEven = C::kHeadDim / 2 % 32 == 0;
+  template <int kGroup>
+  static constexpr int kDqColumns = kEven         ? C::kHeadDim / 2
+                                    : kGroup == 0 ? kPanelColumns
+                                                  : C::kHeadDim - kPanelColumns;
+  template <int kGroup>
+  static JFA_DEVICE int DqColumn(int group) {
+    return kGroup < 0 ? group * kDqColumns<kGroup> : kGroup * kPanelColumns;
+  }
 
   static_assert(kN == kGroupKeys * Tiles::kConsumers, "a consumer warpgroup owns 64 keys");
-  static_assert(kDqColumns % 16 == 0 && kPanelColumns % kDqColumns == 0,
-                "a warpgroup's columns of dQ are in one panel");
+  static_assert(C::kHeadDim <= 2 * kPanelColumns, "a warpgroup's columns of dQ are in one panel");
 
   using Scores = typename Tiles::template Scores<kM>;
   using Fragments = typename Tiles::template Fragments<kM>;
-  using DqPart = float[1][kDqColumns / 8][4];
+  template <int kGroup>
+  using DqPart = float[1][kDqColumns<kGroup> / 8][4];
   // Where there are registers for the scores of a step beside the gradients of another.
-  static constexpr bool kAhead = C::kDqSums && C::kHeadDim <= 64 && !C::kSoftcap && !C::kSegments;
+  static constexpr bool kAhead =
+      false && C::kDqSums && C::kHeadDim <= 96 && !C::kSoftcap && !C::kSegments;
 
   // d += A B, started: A is P^T or dS^T, B dO or Q.
   template <int kColumns>
@@ -68,8 +79,9 @@ struct BwdSm90 {
   }
 
   // d = dS K, a warpgroup's columns of it, started.
-  static JFA_DEVICE void DqGemm(DqPart& d, uint32 smem_ds, uint32 smem_k, int group) {
-    const int column = group * kDqColumns;
+  template <int kGroup>
+  static JFA_DEVICE void DqGemm(DqPart<kGroup>& d, uint32 smem_ds, uint32 smem_k, int group) {
+    const int column = DqColumn<kGroup>(group);
     const uint64 a = PanelDescriptor(smem_ds, 16),
                  b = PanelDescriptor(
                      smem_k + column / kPanelColumns * kPanelBytesN + column % kPanelColumns * 2,
@@ -79,7 +91,8 @@ struct BwdSm90 {
 #pragma unroll
     for (int step = 0; step < kN / 16; ++step) {
       const uint64 offset = (step * 16 * kRowBytes) >> 4;
-      Wgmma<kDqColumns>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset, step > 0);
+      Wgmma<kDqColumns<kGroup>>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset,
+                                                                   step > 0);
     }
     WgmmaCommit();
     Pin(d);
@@ -88,34 +101,47 @@ struct BwdSm90 {
   using Dk = float[1][C::kHeadDim / 8][4];
   using Dv = float[1][C::kHeadDimV / 8][4];
 
-  // S = K Q^T and dP = V dO^T of a step, started when its tiles are there.
-  static JFA_DEVICE void StartScores(Scores& s, Scores& dp, uint32 smem,
-                                     const ProblemParams& problem, const Sequence& sequence,
-                                     const typename Tiles::Step& step,
-                                     const typename Tiles::Ring& ring, int group) {
+  // Keeps the compiler from computing what follows from it before the loop and keeping that in
+  // registers.
+  static JFA_DEVICE uint32 Anew(uint32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+
+  // S = K Q^T of a step, started when its rows are there.
+  static JFA_DEVICE void StartS(Scores& s, uint32 smem, const ProblemParams& problem,
+                                const Sequence& sequence, const typename Tiles::Step& step,
+                                const typename Tiles::Ring& ring, int group) {
     const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
-    const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
-    const uint32 keys = smem + group * kGroupKeys * kRowBytes;
     const int row0 = step.block * kM;
     MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
     if (row0 + kM > sequence.q_len && sequence.q_begin + sequence.q_len != problem.q_len) {
       // Every warpgroup for itself: writing a zero twice does no harm.
+      const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
       MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
       Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
       Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
       FenceProxyAsync();
       NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
     }
-    Tiles::template ScoreGemm<kM, kPanels, kPanelBytesN, kPanelBytesM>(s, keys + Tiles::kSmemK, q);
+    Tiles::template ScoreGemm<kM, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
+        s, Anew(smem + Tiles::kSmemK + group * kGroupKeys * kRowBytes), q);
+  }
+
+  // dP = V dO^T, likewise.
+  static JFA_DEVICE void StartDp(Scores& dp, uint32 smem, const typename Tiles::Ring& ring,
+                                 int group) {
     MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-    Tiles::template ScoreGemm<kM, kPanelsV, kPanelBytesN, kPanelBytesM>(dp, keys + Tiles::kSmemV,
-                                                                        dout);
+    Tiles::template ScoreGemm<kM, C::kHeadDimV, kPanelBytesN, kPanelBytesM>(
+        dp, Anew(smem + Tiles::kSmemV + group * kGroupKeys * kRowBytes),
+        smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
   }
 
   static JFA_DEVICE uint32 StatsOf(uint32 smem, int stage) {
     return smem + Tiles::kSmemStats + stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
   }
 
+  template <int kGroup>
   static JFA_DEVICE void WalkSteps(const BwdParams& params, uint32 smem,
                                    const typename Tiles::Work& work,
                                    const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
@@ -130,6 +156,10 @@ struct BwdSm90 {
     typename Tiles::Ring ring;
     uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
     float dslope = 0.f;
+    // Warpgroups take turns. The first one is a step behind with dQ, for which it needs what the
+    // other one does later.
+    const bool lags = group == 0;
+    typename Tiles::Step of = lags ? typename Tiles::Step{-1, 0} : step;
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -140,7 +170,8 @@ struct BwdSm90 {
           smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
 
       Scores s, dp;
-      StartScores(s, dp, smem, problem, sequence, step, ring, group);
+      StartS(s, smem, problem, sequence, step, ring, group);
+      StartDp(dp, smem, ring, group);
 
       const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
       const auto dlogit = [&](int n, int e, float delta, float slope) {
@@ -196,17 +227,22 @@ struct BwdSm90 {
       if constexpr (C::kDqSums) {
         Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
         FenceProxyAsync();
-        NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-        DqPart dq;
-        DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+        if (of.head >= 0) NamedBarrierSync(Tiles::kTurn + group, Tiles::kConsumerThreads);
+        DqPart<kGroup> dq;
+        DqGemm<kGroup>(dq, lags ? other_ds : smem_ds, smem + Tiles::kSmemK, group);
         GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
         Pin(dq);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-        const BwdScratch scratch =
-            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-        Tiles::template AddDq<kDqColumns>(scratch.dq, dq, row0, sequence.q_len, group * kDqColumns);
+        NamedBarrierArrive(Tiles::kTurn + 1 - group, Tiles::kConsumerThreads);
+        if (of.head >= 0) {
+          const BwdScratch scratch =
+              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+          Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                    DqColumn<kGroup>(group));
+        }
+        of = lags ? step : next;
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
@@ -227,10 +263,23 @@ struct BwdSm90 {
       }
       step = next;
     }
+    if constexpr (C::kDqSums) {
+      if (lags) {
+        NamedBarrierSync(Tiles::kTurn + group, Tiles::kConsumerThreads);
+        DqPart<kGroup> dq;
+        DqGemm<kGroup>(dq, other_ds, smem + Tiles::kSmemK, group);
+        WgmmaWait<0>();
+        Pin(dq);
+        const BwdScratch scratch =
+            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                  DqColumn<kGroup>(group));
+      }
+    }
   }
 
-  // The same, but a step's scores start before the products of the step before, which then run
-  // under its softmax.
+  // The same, but the products that end a step run under the softmax of the next one.
+  template <int kGroup>
   static JFA_DEVICE void WalkAhead(const BwdParams& params, uint32 smem,
                                    const typename Tiles::Work& work,
                                    const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
@@ -246,7 +295,7 @@ struct BwdSm90 {
     Scores s, dp;
     Fragments p, ds;
 
-    // Scores to P, and dP to dS.
+    // S to P.
     const auto weigh = [&] {
       const int row0 = step.block * kM;
       const uint32 stats = StatsOf(smem, ring.stage);
@@ -255,94 +304,105 @@ struct BwdSm90 {
 #pragma unroll
       for (int n = 0; n < kM / 8; ++n) {
         const float2 lse = LoadSharedFloat2(stats + n * 32);
-        const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
-          const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
-          const float dlogit = weight.p * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
-          if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);
-          s[0][n][e] = weight.p;
-          dp[0][n][e] = dlogit * weight.slope;
+          s[0][n][e] = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x).p;
         }
       }
     };
-    const auto pack = [&] {
+    // dV += P^T dO, started; and dS under it, which other warpgroups then may read.
+    const auto finish_scores = [&](auto&& between) {
+      StartDp(dp, smem, ring, group);
+      between();
 #pragma unroll
-      for (int n = 0; n < kM / 8; n += 2) {
-        PackBlock<C::kBf16>(p[n / 2], s[0][n], s[0][n + 1]);
-        PackBlock<C::kBf16>(ds[n / 2], dp[0][n], dp[0][n + 1]);
+      for (int n = 0; n < kM / 8; n += 2) PackBlock<C::kBf16>(p[n / 2], s[0][n], s[0][n + 1]);
+      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
+      WgmmaWait<1>();
+      Pin(dp);
+      const uint32 stats = StatsOf(smem, ring.stage) + Tiles::kStatBytes;
+      const typename Tiles::Place place = Tiles::PlaceIn(first_key, step.block * kM);
+#pragma unroll
+      for (int n = 0; n < kM / 8; ++n) {
+        const float2 delta = LoadSharedFloat2(stats + n * 32);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float x = s[0][n][e] * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
+          if constexpr (C::kDslopes) {
+            dslope -= x * fabsf(logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8));
+          }
+          dp[0][n][e] = x;
+        }
+        if (n % 2 == 1) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
       }
       Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
       FenceProxyAsync();
+      WgmmaWait<0>();
+      Pin(dv);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
     };
-    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart& dq) {
+    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart<kGroup>& dq) {
       NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + of.stage * Tiles::kBytesDo);
-      DqGemm(dq, smem_ds, smem + Tiles::kSmemK, group);
+      DqGemm<kGroup>(dq, smem_ds, Anew(smem + Tiles::kSmemK), group);
       GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + of.stage * Tiles::kBytesQ);
+      const uint32 swap = smem_ds;
+      smem_ds = other_ds;
+      other_ds = swap;
     };
-    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart& dq) {
+    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart<kGroup>& dq) {
       const BwdScratch scratch =
-          BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head);
-      Tiles::template AddDq<kDqColumns>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                        group * kDqColumns);
+          BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+      Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                DqColumn<kGroup>(group));
     };
 
-    StartScores(s, dp, smem, problem, sequence, step, ring, group);
+    StartS(s, smem, problem, sequence, step, ring, group);
     WgmmaWait<0>();
     Pin(s);
-    Pin(dp);
     weigh();
-    pack();
+    finish_scores([] {});
     typename Tiles::Step before = step;
     typename Tiles::Ring ring_before = ring;
     step = step.Next(walk);
     ring.Advance();
 #pragma unroll 1
     while (step.head < work.head_end) {
-      StartScores(s, dp, smem, problem, sequence, step, ring, group);
-      DqPart dq;
+      StartS(s, smem, problem, sequence, step, ring, group);
+      DqPart<kGroup> dq;
       start_gradients(ring_before, dq);
       if (C::kAlibi && step.head != before.head) {
         if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
         dslope = 0.f;
         logits.SetHead(problem, batch, step.head);
       }
-      WgmmaWait<3>();
+      WgmmaWait<2>();
       Pin(s);
-      Pin(dp);
       weigh();
       Pin(s);
-      Pin(dp);
       WgmmaWait<1>();
-      Pin(dv);
       Pin(dq);
-      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring_before.stage));
       add_dq(before, dq);
-      WgmmaWait<0>();
-      Pin(dk);
-      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring_before.stage));
-      const uint32 swap = smem_ds;
-      smem_ds = other_ds;
-      other_ds = swap;
-      pack();
+      finish_scores([&] {
+        WgmmaWait<1>();
+        Pin(dk);
+        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring_before.stage));
+      });
       before = step;
       ring_before = ring;
       step = step.Next(walk);
       ring.Advance();
     }
-    DqPart dq;
+    DqPart<kGroup> dq;
     start_gradients(ring_before, dq);
     if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
     WgmmaWait<1>();
-    Pin(dv);
     Pin(dq);
     add_dq(before, dq);
     WgmmaWait<0>();
     Pin(dk);
   }
 
+  template <int kGroup>
   static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
                                  const typename Tiles::Work& work, const typename Tiles::Mask& mask,
                                  const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
@@ -368,9 +428,9 @@ struct BwdSm90 {
         NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
       if constexpr (kAhead) {
-        WalkAhead(params, smem, work, mask, ids, walk, group, dk, dv);
+        WalkAhead<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
       } else {
-        WalkSteps(params, smem, work, mask, ids, walk, group, dk, dv);
+        WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
       }
     }
 
@@ -388,7 +448,16 @@ struct BwdSm90 {
 
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem_pointer) {
     Tiles::RunRoles(params, smem_pointer,
-                    [&](uint32 smem, const auto&... rest) { Consume(params, smem, rest...); });
+                    [&](uint32 smem, const auto& work, const auto& mask, const auto& ids,
+                        const auto& walk, int group) {
+                      if constexpr (kEven) {
+                        Consume<-1>(params, smem, work, mask, ids, walk, group);
+                      } else if (group == 0) {
+                        Consume<0>(params, smem, work, mask, ids, walk, group);
+                      } else {
+                        Consume<1>(params, smem, work, mask, ids, walk, group);
+                      }
+                    });
   }
 };
 

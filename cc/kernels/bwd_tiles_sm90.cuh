@@ -30,8 +30,8 @@ struct BwdTilesSm90 {
   // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
   static constexpr int kPanelColumns = 64;
   static constexpr int kRowBytes = 2 * kPanelColumns;
-  static constexpr int kPanels = C::kHeadDim / kPanelColumns;
-  static constexpr int kPanelsV = C::kHeadDimV / kPanelColumns;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kPanelBytesM = kM * kRowBytes;
   static constexpr int kPanelBytesN = kN * kRowBytes;
   static constexpr int kBytesK = kPanels * kPanelBytesN, kBytesV = kPanelsV * kPanelBytesN;
@@ -53,10 +53,10 @@ struct BwdTilesSm90 {
     kFullDo = kEmptyQ + C::kStages,
     kEmptyDo = kFullDo + C::kStages,
   };
-  enum NamedBarrier { kExchange = 1, kGroup = 2 };  // kGroup: one of each consumer warpgroup
+  // Of kGroup and kTurn one of each consumer warpgroup.
+  enum NamedBarrier { kExchange = 1, kGroup = 2, kTurn = kGroup + kConsumers };
 
-  static_assert(C::kHeadDim % kPanelColumns == 0 && C::kHeadDimV % kPanelColumns == 0,
-                "head dims are whole panels");
+  static_assert(C::kHeadDim % 32 == 0 && C::kHeadDimV % 32 == 0, "half a panel is the least");
   static_assert(kM == kPanelColumns, "the rows are one panel of dS^T, and M of the product for dQ");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
   static_assert(BwdScratch::kRowPadding % kM == 0, "row statistics are read in whole tiles");
@@ -119,8 +119,8 @@ struct BwdTilesSm90 {
     for (Step step{work.head_begin, walk.First()}; step.head < work.head_end;
          step = step.Next(walk)) {
       const int row0 = step.block * kM;
-      const BwdScratch scratch =
-          BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch, step.head);
+      const BwdScratch scratch = BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch,
+                                                                         step.head, work.item.head);
       const uint32 full_q = Address(smem, kFullQ, ring.stage),
                    full_do = Address(smem, kFullDo, ring.stage);
       MbarrierWait(Address(smem, kEmptyQ, ring.stage), ring.parity ^ 1);
@@ -155,14 +155,14 @@ struct BwdTilesSm90 {
   template <int kRows>
   using Fragments = uint32[kRows / 16][4];
 
-  // d = A B^T, started: both operands with the inner dimension along rows.
-  template <int kRows, int kPanelCount, int kPanelBytesA, int kPanelBytesB>
+  // d = A B^T, started: both operands with the inner dimension, kColumns long, along rows.
+  template <int kRows, int kColumns, int kPanelBytesA, int kPanelBytesB>
   static JFA_DEVICE void ScoreGemm(Scores<kRows>& d, uint32 smem_a, uint32 smem_b) {
     const uint64 a = PanelDescriptor(smem_a, 16), b = PanelDescriptor(smem_b, 16);
     Pin(d);
     WgmmaFence();
 #pragma unroll
-    for (int step = 0; step < 4 * kPanelCount; ++step) {
+    for (int step = 0; step < kColumns / 16; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
       Wgmma<kRows>::template Ss<C::kBf16, false, false>(
           d, a + ((panel * kPanelBytesA + within) >> 4), b + ((panel * kPanelBytesB + within) >> 4),
@@ -301,6 +301,13 @@ struct BwdTilesSm90 {
                              C::kL2Bytes, kMask);
     work.tile = work.item.block;
     if (!SelectKeys<C::kPacked, kN>(problem, work.item, work.sequence)) return;
+    Sequence& sequence = work.sequence;
+    int* const all[] = {&sequence.q_len,   &sequence.kv_len,   &sequence.kv_rows,
+                        &sequence.q_begin, &sequence.kv_begin, &sequence.scratch_begin,
+                        &sequence.offset,  &work.item.block,   &work.item.batch,
+                        &work.item.head};
+#pragma unroll
+    for (int i = 0; i < 10; ++i) *all[i] = __shfl_sync(kFullWarp, *all[i], 0);
     work.key0 = work.item.block * kN;
     work.head_begin = work.item.head * problem.group;
     work.head_end = work.head_begin + problem.group;

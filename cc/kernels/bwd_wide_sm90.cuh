@@ -37,6 +37,8 @@ struct BwdWideSm90 {
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
   static_assert(kN == 64, "the keys are M of wgmma");
+  static_assert(C::kHeadDim % kPanelColumns == 0 && C::kHeadDimV % kPanelColumns == 0,
+                "warpgroups own whole panels");
 
   using Scores = typename Tiles::template Scores<kRows>;
   using Fragments = typename Tiles::template Fragments<kRows>;
@@ -140,10 +142,10 @@ struct BwdWideSm90 {
           NamedBarrierSync(Tiles::kGroup + kGroup, Tiles::kGroupThreads);
         }
         Scores s, dp;
-        Tiles::template ScoreGemm<kRows, kPanels, kPanelBytesN, kPanelBytesM>(
+        Tiles::template ScoreGemm<kRows, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
             s, smem_k, q + kGroup * kRows * kRowBytes);
         MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-        Tiles::template ScoreGemm<kRows, kPanelsV, kPanelBytesN, kPanelBytesM>(
+        Tiles::template ScoreGemm<kRows, C::kHeadDimV, kPanelBytesN, kPanelBytesM>(
             dp, smem_v, dout + kGroup * kRows * kRowBytes);
         WgmmaWait<0>();
         Pin(s);
@@ -178,27 +180,45 @@ struct BwdWideSm90 {
         FenceProxyAsync();
         NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
 
-        GradientGemm<kShare.count_v>(dv, smem_p, dout + kShare.first_v * kPanelBytesM);
-        if constexpr (C::kDqSums) {
+        constexpr int kCount = kShare.count, kFirst = kShare.first;
+        const auto add_dq = [&](const Columns<kShare.count>& dq) {
+          if constexpr (kCount > 0) {
+            const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch,
+                                                                         step.head, work.item.head);
+            Tiles::template AddDq<kCount * 64>(scratch.dq, dq, row0, sequence.q_len, kFirst * 64);
+          }
+        };
+        const auto start_dv = [&] {
+          GradientGemm<kShare.count_v>(dv, smem_p, dout + kShare.first_v * kPanelBytesM);
+        };
+        const auto start_dk = [&] {
+          GradientGemm<kShare.count>(dk, smem_ds, q + kShare.first * kPanelBytesM);
+        };
+        // One warpgroup adds while the other one multiplies.
+        if constexpr (C::kDqSums && kGroup == 1) {
           Columns<kShare.count> dq;
           DqGemm<kShare.count>(dq, smem_ds, smem_k + kShare.first * kPanelBytesN);
-          GradientGemm<kShare.count>(dk, smem_ds, q + kShare.first * kPanelBytesM);
-          WgmmaWait<1>();
-          Pin(dv);
+          WgmmaWait<0>();
           Pin(dq);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-          if constexpr (kShare.count > 0) {
-            const BwdScratch scratch =
-                BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-            Tiles::template AddDq<kShare.count * 64>(scratch.dq, dq, row0, sequence.q_len,
-                                                     kShare.first * 64);
-          }
-        } else {
-          GradientGemm<kShare.count>(dk, smem_ds, q + kShare.first * kPanelBytesM);
+          add_dq(dq);
+          start_dv();
+          start_dk();
           WgmmaWait<1>();
-          Pin(dv);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
+        } else if constexpr (C::kDqSums) {
+          start_dv();
+          Columns<kShare.count> dq;
+          DqGemm<kShare.count>(dq, smem_ds, smem_k + kShare.first * kPanelBytesN);
+          start_dk();
+          WgmmaWait<1>();
+          Pin(dq);
+          add_dq(dq);
+        } else {
+          start_dv();
+          start_dk();
+          WgmmaWait<1>();
         }
+        Pin(dv);
+        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
         WgmmaWait<0>();
         Pin(dk);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));

@@ -254,9 +254,14 @@ struct BwdScratch {
   template <bool kDqSums, int kHeadDim>
   static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch,
                                   int head) {
+    return Of<kDqSums, kHeadDim>(p, sequence, batch, head, head / p.problem.group);
+  }
+  // For whom the key head is known: a division takes longer than the adds of a tile.
+  template <bool kDqSums, int kHeadDim>
+  static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch, int head,
+                                  int kv_head) {
     const int64 rows = p.problem.scratch_rows;
     const int64 per_head = rows * (2 + (kDqSums ? kHeadDim : 0));
-    const int kv_head = head / p.problem.group;
     float* base =
         p.scratch +
         (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
