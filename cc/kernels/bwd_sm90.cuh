@@ -58,9 +58,6 @@ struct BwdSm90 {
   using Fragments = typename Tiles::template Fragments<kM>;
   template <int kGroup>
   using DqPart = float[1][kDqColumns<kGroup> / 8][4];
-  // Where there are registers for the scores of a step beside the gradients of another.
-  static constexpr bool kAhead =
-      false && C::kDqSums && C::kHeadDim <= 96 && !C::kSoftcap && !C::kSegments;
 
   // d += A B, started: A is P^T or dS^T, B dO or Q.
   template <int kColumns>
@@ -137,10 +134,6 @@ struct BwdSm90 {
         smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
   }
 
-  static JFA_DEVICE uint32 StatsOf(uint32 smem, int stage) {
-    return smem + Tiles::kSmemStats + stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
-  }
-
   template <int kGroup>
   static JFA_DEVICE void WalkSteps(const BwdParams& params, uint32 smem,
                                    const typename Tiles::Work& work,
@@ -156,10 +149,11 @@ struct BwdSm90 {
     typename Tiles::Ring ring;
     uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
     float dslope = 0.f;
-    // Warpgroups take turns. The first one is a step behind with dQ, for which it needs what the
-    // other one does later.
+    // Of which step dQ is made. The first warpgroup is ahead, so it is one behind with that.
     const bool lags = group == 0;
     typename Tiles::Step of = lags ? typename Tiles::Step{-1, 0} : step;
+    typename Tiles::DqSums sums;
+    if constexpr (C::kDqSums) sums = Tiles::DqSums::Of(params, work, DqColumn<kGroup>(group));
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -236,13 +230,10 @@ struct BwdSm90 {
         Pin(dq);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
         NamedBarrierArrive(Tiles::kTurn + 1 - group, Tiles::kConsumerThreads);
-        if (of.head >= 0) {
-          const BwdScratch scratch =
-              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
-          Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                    DqColumn<kGroup>(group));
-        }
+        if (of.head >= 0) sums.template Add<kDqColumns<kGroup>>(dq, of.block);
+        const int head = of.head;
         of = lags ? step : next;
+        if (head >= 0 && of.head != head) sums.NextHead(params);
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
@@ -270,136 +261,9 @@ struct BwdSm90 {
         DqGemm<kGroup>(dq, other_ds, smem + Tiles::kSmemK, group);
         WgmmaWait<0>();
         Pin(dq);
-        const BwdScratch scratch =
-            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
-        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                  DqColumn<kGroup>(group));
+        sums.template Add<kDqColumns<kGroup>>(dq, of.block);
       }
     }
-  }
-
-  // The same, but the products that end a step run under the softmax of the next one.
-  template <int kGroup>
-  static JFA_DEVICE void WalkAhead(const BwdParams& params, uint32 smem,
-                                   const typename Tiles::Work& work,
-                                   const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
-                                   const typename Tiles::Walk& walk, int group, Dk& dk, Dv& dv) {
-    const ProblemParams& problem = params.problem;
-    const Sequence& sequence = work.sequence;
-    const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
-    typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
-    typename Tiles::Step step{work.head_begin, walk.First()};
-    typename Tiles::Ring ring;
-    uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
-    float dslope = 0.f;
-    Scores s, dp;
-    Fragments p, ds;
-
-    // S to P.
-    const auto weigh = [&] {
-      const int row0 = step.block * kM;
-      const uint32 stats = StatsOf(smem, ring.stage);
-      Tiles::template Hide<kM>(s, mask, ids, walk, step, first_key, row0);
-      const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
-#pragma unroll
-      for (int n = 0; n < kM / 8; ++n) {
-        const float2 lse = LoadSharedFloat2(stats + n * 32);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
-          s[0][n][e] = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x).p;
-        }
-      }
-    };
-    // dV += P^T dO, started; and dS under it, which other warpgroups then may read.
-    const auto finish_scores = [&](auto&& between) {
-      StartDp(dp, smem, ring, group);
-      between();
-#pragma unroll
-      for (int n = 0; n < kM / 8; n += 2) PackBlock<C::kBf16>(p[n / 2], s[0][n], s[0][n + 1]);
-      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
-      WgmmaWait<1>();
-      Pin(dp);
-      const uint32 stats = StatsOf(smem, ring.stage) + Tiles::kStatBytes;
-      const typename Tiles::Place place = Tiles::PlaceIn(first_key, step.block * kM);
-#pragma unroll
-      for (int n = 0; n < kM / 8; ++n) {
-        const float2 delta = LoadSharedFloat2(stats + n * 32);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float x = s[0][n][e] * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
-          if constexpr (C::kDslopes) {
-            dslope -= x * fabsf(logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8));
-          }
-          dp[0][n][e] = x;
-        }
-        if (n % 2 == 1) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
-      }
-      Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
-      FenceProxyAsync();
-      WgmmaWait<0>();
-      Pin(dv);
-      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-    };
-    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart<kGroup>& dq) {
-      NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-      DqGemm<kGroup>(dq, smem_ds, Anew(smem + Tiles::kSmemK), group);
-      GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + of.stage * Tiles::kBytesQ);
-      const uint32 swap = smem_ds;
-      smem_ds = other_ds;
-      other_ds = swap;
-    };
-    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart<kGroup>& dq) {
-      const BwdScratch scratch =
-          BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
-      Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                DqColumn<kGroup>(group));
-    };
-
-    StartS(s, smem, problem, sequence, step, ring, group);
-    WgmmaWait<0>();
-    Pin(s);
-    weigh();
-    finish_scores([] {});
-    typename Tiles::Step before = step;
-    typename Tiles::Ring ring_before = ring;
-    step = step.Next(walk);
-    ring.Advance();
-#pragma unroll 1
-    while (step.head < work.head_end) {
-      StartS(s, smem, problem, sequence, step, ring, group);
-      DqPart<kGroup> dq;
-      start_gradients(ring_before, dq);
-      if (C::kAlibi && step.head != before.head) {
-        if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
-        dslope = 0.f;
-        logits.SetHead(problem, batch, step.head);
-      }
-      WgmmaWait<2>();
-      Pin(s);
-      weigh();
-      Pin(s);
-      WgmmaWait<1>();
-      Pin(dq);
-      add_dq(before, dq);
-      finish_scores([&] {
-        WgmmaWait<1>();
-        Pin(dk);
-        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring_before.stage));
-      });
-      before = step;
-      ring_before = ring;
-      step = step.Next(walk);
-      ring.Advance();
-    }
-    DqPart<kGroup> dq;
-    start_gradients(ring_before, dq);
-    if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
-    WgmmaWait<1>();
-    Pin(dq);
-    add_dq(before, dq);
-    WgmmaWait<0>();
-    Pin(dk);
   }
 
   template <int kGroup>
@@ -427,11 +291,7 @@ struct BwdSm90 {
         FenceProxyAsync();
         NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
-      if constexpr (kAhead) {
-        WalkAhead<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
-      } else {
-        WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
-      }
+      WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
     }
 
 #pragma unroll
