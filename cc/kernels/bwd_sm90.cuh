@@ -10,16 +10,18 @@
 //   64 keys,           |           |                                           memory)
 //   warpgroup 2        +-----------+
 //
-// Roles       Warpgroup 0 gives its registers away; its first warp produces: it copies K, V, then
-//             Q, dO and the rows' statistics step by step. Each other warpgroup consumes: it owns
-//             64 keys, whose P^T and dS^T stay in registers for dV and dK.
+// Roles       Warpgroup 0 gives its registers away; its first lane produces: it orders copies of K,
+//             V, then Q, dO and the rows' statistics step by step. Each other warpgroup consumes:
+//             it owns 64 keys, whose P^T and dS^T stay in registers for dV and dK.
 // dQ          needs all keys: dS^T goes through shared memory, and each warpgroup then makes half
 //             of the product's columns and adds them up in global memory.
-// Overlap     P is computed under dP = V dO^T, dS under dV, the adds of dQ under dK; with kAhead
-//             all under the products of the step before. The other warpgroup's fill the rest.
-// Barriers    full and empty mbarriers of each buffer; one named barrier a step, when dS^T is
-//             there. Two buffers of dS^T: who passes the barrier of a step has read that of the
-//             last one.
+// Overlap     A warp that starts a product waits until the tensor cores take it, so a warpgroup's
+//             own softmax hides little: the other one's products have to. They take turns: the
+//             second makes its part of dQ when the first is done with its own, and stays so far
+//             behind. The first, which is ahead, makes dQ of the step before.
+// Barriers    full and empty mbarriers of each buffer. One named barrier for each warpgroup's turn;
+//             a turn also says that the other's dS^T is there, and that one of the two buffers of
+//             dS^T has been read.
 // Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); dS^T
 //             2 * kBlockN * kBlockM; times 2 bytes; LSE and delta kStages * kBlockM * 8 bytes.
 // Registers   dK and dV kHeadDim / 2 + kHeadDimV / 2, S and dP kBlockM, of 240.
@@ -51,6 +53,8 @@ struct BwdSm90 {
     return kGroup < 0 ? group * kDqColumns<kGroup> : kGroup * kPanelColumns;
   }
 
+  enum NamedBarrier { kTurn = Tiles::kOther };  // one of each consumer warpgroup
+
   static_assert(kN == kGroupKeys * Tiles::kConsumers, "a consumer warpgroup owns 64 keys");
   static_assert(C::kHeadDim <= 2 * kPanelColumns, "a warpgroup's columns of dQ are in one panel");
 
@@ -58,22 +62,6 @@ struct BwdSm90 {
   using Fragments = typename Tiles::template Fragments<kM>;
   template <int kGroup>
   using DqPart = float[1][kDqColumns<kGroup> / 8][4];
-
-  // d += A B, started: A is P^T or dS^T, B dO or Q.
-  template <int kColumns>
-  static JFA_DEVICE void GradientGemm(float (&d)[1][kColumns / 8][4], const Fragments& a,
-                                      uint32 smem_b) {
-    const uint64 b = PanelDescriptor(smem_b, kPanelBytesM);
-    Pin(d);
-    WgmmaFence();
-#pragma unroll
-    for (int step = 0; step < kM / 16; ++step) {
-      Wgmma<kColumns>::template Rs<C::kBf16, true>(d, a[step], b + ((step * 16 * kRowBytes) >> 4),
-                                                   1);
-    }
-    WgmmaCommit();
-    Pin(d);
-  }
 
   // d = dS K, a warpgroup's columns of it, started.
   template <int kGroup>
@@ -152,8 +140,6 @@ struct BwdSm90 {
     // Of which step dQ is made. The first warpgroup is ahead, so it is one behind with that.
     const bool lags = group == 0;
     typename Tiles::Step of = lags ? typename Tiles::Step{-1, 0} : step;
-    typename Tiles::DqSums sums;
-    if constexpr (C::kDqSums) sums = Tiles::DqSums::Of(params, work, DqColumn<kGroup>(group));
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -203,7 +189,7 @@ struct BwdSm90 {
           if constexpr (!kEarlyDv) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
         }
       }
-      GradientGemm<C::kHeadDimV>(dv, p, dout);
+      Tiles::template GradientGemm<C::kHeadDimV>(dv, p, dout);
 
       if constexpr (kEarlyDv) {
         WgmmaWait<1>();
@@ -221,24 +207,27 @@ struct BwdSm90 {
       if constexpr (C::kDqSums) {
         Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
         FenceProxyAsync();
-        if (of.head >= 0) NamedBarrierSync(Tiles::kTurn + group, Tiles::kConsumerThreads);
+        if (of.head >= 0) NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
         DqPart<kGroup> dq;
         DqGemm<kGroup>(dq, lags ? other_ds : smem_ds, smem + Tiles::kSmemK, group);
-        GradientGemm<C::kHeadDim>(dk, ds, q);
+        Tiles::template GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
         Pin(dq);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-        NamedBarrierArrive(Tiles::kTurn + 1 - group, Tiles::kConsumerThreads);
-        if (of.head >= 0) sums.template Add<kDqColumns<kGroup>>(dq, of.block);
-        const int head = of.head;
+        if constexpr (kEven) NamedBarrierArrive(kTurn + 1 - group, Tiles::kConsumerThreads);
+        if (of.head >= 0) {
+          const BwdScratch scratch =
+              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+          Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                    DqColumn<kGroup>(group));
+        }
         of = lags ? step : next;
-        if (head >= 0 && of.head != head) sums.NextHead(params);
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
       } else {
-        GradientGemm<C::kHeadDim>(dk, ds, q);
+        Tiles::template GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
@@ -246,6 +235,9 @@ struct BwdSm90 {
       WgmmaWait<0>();
       Pin(dk);
       Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
+      if constexpr (C::kDqSums && !kEven) {
+        NamedBarrierArrive(kTurn + 1 - group, Tiles::kConsumerThreads);
+      }
       ring.Advance();
       if (C::kAlibi && next.head != step.head) {
         if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, step.head, dslope);
@@ -256,12 +248,15 @@ struct BwdSm90 {
     }
     if constexpr (C::kDqSums) {
       if (lags) {
-        NamedBarrierSync(Tiles::kTurn + group, Tiles::kConsumerThreads);
+        NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
         DqPart<kGroup> dq;
         DqGemm<kGroup>(dq, other_ds, smem + Tiles::kSmemK, group);
         WgmmaWait<0>();
         Pin(dq);
-        sums.template Add<kDqColumns<kGroup>>(dq, of.block);
+        const BwdScratch scratch =
+            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                  DqColumn<kGroup>(group));
       }
     }
   }

@@ -56,8 +56,8 @@ struct BwdTilesSm90 {
     kFullDo = kEmptyQ + C::kStages,
     kEmptyDo = kFullDo + C::kStages,
   };
-  // Of kGroup and kTurn one of each consumer warpgroup.
-  enum NamedBarrier { kExchange = 1, kGroup = 2, kTurn = kGroup + kConsumers };
+  // One of each consumer warpgroup; kernels have more from kOther on.
+  enum NamedBarrier { kGroup = 1, kOther = kGroup + kConsumers };
 
   static_assert(C::kHeadDim % 32 == 0 && C::kHeadDimV % 32 == 0, "half a panel is the least");
   static_assert(kM == kPanelColumns, "the rows are one panel of dS^T, and M of the product for dQ");
@@ -91,7 +91,7 @@ struct BwdTilesSm90 {
     return smem + kSmemBarriers + 8 * (barrier + stage);
   }
 
-  // --- producer: one lane, which orders the copies ----------------------------------------------
+  // --- producer: one warp, of which one lane orders the copies ---------------------------------
 
   template <int kPanelCount, int kPanelBytes>
   static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
@@ -107,33 +107,44 @@ struct BwdTilesSm90 {
                                  const Walk& walk) {
     if (walk.First() >= walk.rows.end) return;
     const Sequence& sequence = work.sequence;
-    const int batch = work.item.batch;
-    const uint32 full_kv = Address(smem, kFullKv);
-    const int key_row = sequence.kv_begin + work.key0;
-    MbarrierArriveExpect(full_kv, kBytesK + kBytesV);
-    Load<kPanels, kPanelBytesN>(&params.maps.k, smem + kSmemK, full_kv, key_row, work.item.head,
-                                batch, kL2EvictFirst);
-    Load<kPanelsV, kPanelBytesN>(&params.maps.v, smem + kSmemV, full_kv, key_row, work.item.head,
-                                 batch, kL2EvictFirst);
+    const int lane = ReadLaneIndex(), batch = work.item.batch;
+    const bool leader = lane == 0;
+    if (leader) {
+      const uint32 full = Address(smem, kFullKv);
+      const int row = sequence.kv_begin + work.key0;
+      MbarrierArriveExpect(full, kBytesK + kBytesV);
+      Load<kPanels, kPanelBytesN>(&params.maps.k, smem + kSmemK, full, row, work.item.head, batch,
+                                  kL2EvictFirst);
+      Load<kPanelsV, kPanelBytesN>(&params.maps.v, smem + kSmemV, full, row, work.item.head, batch,
+                                   kL2EvictFirst);
+    }
     Ring ring;
     for (Step step{work.head_begin, walk.First()}; step.head < work.head_end;
          step = step.Next(walk)) {
-      const int row0 = step.block * kM, row = sequence.q_begin + row0;
-      const BwdScratch scratch =
-          BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch, step.head);
+      const int row0 = step.block * kM;
+      const BwdScratch scratch = BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch,
+                                                                         step.head, work.item.head);
       const uint32 full_q = Address(smem, kFullQ, ring.stage),
                    full_do = Address(smem, kFullDo, ring.stage);
-      const uint32 stats = smem + kSmemStats + ring.stage * 2 * kStatBytes;
       MbarrierWait(Address(smem, kEmptyQ, ring.stage), ring.parity ^ 1);
-      MbarrierArriveExpect(full_q, kBytesQ + 2 * kStatBytes);
-      Load<kPanels, kPanelBytesM>(&params.maps.q, smem + kSmemQ + ring.stage * kBytesQ, full_q, row,
-                                  step.head, batch, kL2EvictLast);
-      BulkLoad(stats, scratch.lse_log2 + row0, kStatBytes, full_q);
-      BulkLoad(stats + kStatBytes, scratch.delta + row0, kStatBytes, full_q);
-      MbarrierWait(Address(smem, kEmptyDo, ring.stage), ring.parity ^ 1);
-      MbarrierArriveExpect(full_do, kBytesDo);
-      Load<kPanelsV, kPanelBytesM>(&params.maps.dout, smem + kSmemDo + ring.stage * kBytesDo,
-                                   full_do, row, step.head, batch, kL2EvictLast);
+      const uint32 stats = smem + kSmemStats + ring.stage * 2 * kStatBytes;
+#pragma unroll
+      for (int i = lane * 4; i < 2 * kM; i += kWarpSize * 4) {
+        CpAsync16(stats + i * 4, (i < kM ? scratch.lse_log2 + i : scratch.delta + i - kM) + row0,
+                  16);
+      }
+      MbarrierArriveAfterCopies(full_q);
+      if (leader) {
+        MbarrierArriveExpect(full_q, kBytesQ);
+        Load<kPanels, kPanelBytesM>(&params.maps.q, smem + kSmemQ + ring.stage * kBytesQ, full_q,
+                                    sequence.q_begin + row0, step.head, batch, kL2EvictLast);
+        MbarrierWait(Address(smem, kEmptyDo, ring.stage), ring.parity ^ 1);
+        MbarrierArriveExpect(full_do, kBytesDo);
+        Load<kPanelsV, kPanelBytesM>(&params.maps.dout, smem + kSmemDo + ring.stage * kBytesDo,
+                                     full_do, sequence.q_begin + row0, step.head, batch,
+                                     kL2EvictLast);
+      }
+      __syncwarp();
       ring.Advance();
     }
   }
@@ -159,6 +170,22 @@ struct BwdTilesSm90 {
       Wgmma<kRows>::template Ss<C::kBf16, false, false>(
           d, a + ((panel * kPanelBytesA + within) >> 4), b + ((panel * kPanelBytesB + within) >> 4),
           step > 0);
+    }
+    WgmmaCommit();
+    Pin(d);
+  }
+
+  // d += A B, started: A is P^T or dS^T of a warpgroup's keys, B dO or Q.
+  template <int kColumns>
+  static JFA_DEVICE void GradientGemm(float (&d)[1][kColumns / 8][4], const Fragments<kM>& a,
+                                      uint32 smem_b) {
+    const uint64 b = PanelDescriptor(smem_b, kPanelBytesM);
+    Pin(d);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kM / 16; ++step) {
+      Wgmma<kColumns>::template Rs<C::kBf16, true>(d, a[step], b + ((step * 16 * kRowBytes) >> 4),
+                                                   1);
     }
     WgmmaCommit();
     Pin(d);
@@ -242,38 +269,26 @@ struct BwdTilesSm90 {
     }
   }
 
-  // Where a thread adds up its part of dQ: of a warpgroup's 64 rows, columns from `column` on. The
-  // place is kept, since to compute it anew takes longer than the adds of a tile.
-  struct DqSums {
-    float* target;  // in the head's first row tile
-    int rows;       // of the sequence, from the warp's first one on
-
-    static JFA_DEVICE DqSums Of(const BwdParams& params, const Work& work, int column) {
-      const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(
-          params, work.sequence, work.item.batch, work.head_begin);
-      const int warp = ReadThreadIndex() % kGroupThreads / kWarpSize;
-      return {scratch.dq + warp * 16 * C::kHeadDim + column * 16 + DqElement(0, 0, ReadLaneIndex()),
-              work.sequence.q_len - warp * 16};
-    }
-    JFA_DEVICE void NextHead(const BwdParams& params) {
-      target += BwdScratch::PerHead<true, C::kHeadDim>(params);
-    }
-    template <int kColumns>
-    JFA_DEVICE void Add(const float (&dq)[1][kColumns / 8][4], int row_tile) const {
-      if (row_tile * kM >= rows) return;
-      float* place = target + static_cast<int64>(row_tile) * (kM * C::kHeadDim);
+  // Adds a warpgroup's 64 rows of dQ, kColumns from `column` on, to the sums.
+  template <int kColumns>
+  static JFA_DEVICE void AddDq(float* sums, const float (&dq)[1][kColumns / 8][4], int row0,
+                               int q_len, int column) {
+    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
+    const int row_block = row0 / 16 + thread / kWarpSize;
+    if (row_block * 16 >= q_len) return;
+    float* block = sums + (static_cast<int64>(row_block) * (C::kHeadDim / 16) + column / 16) * 256 +
+                   DqElement(0, 0, lane);
 #pragma unroll
-      for (int n = 0; n < kColumns / 16; ++n) {
-        const float (&left)[4] = dq[0][2 * n];
-        const float (&right)[4] = dq[0][2 * n + 1];
+    for (int n = 0; n < kColumns / 16; ++n) {
+      const float (&left)[4] = dq[0][2 * n];
+      const float (&right)[4] = dq[0][2 * n + 1];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          RedAdd4(place + n * 256 + half * 128, left[2 * half], left[2 * half + 1], right[2 * half],
-                  right[2 * half + 1]);
-        }
+      for (int half = 0; half < 2; ++half) {
+        RedAdd4(block + n * 256 + half * 128, left[2 * half], left[2 * half + 1], right[2 * half],
+                right[2 * half + 1]);
       }
     }
-  };
+  }
 
   // Each warp's sum into a place of its own, so that the sum of all has one order.
   static JFA_DEVICE void StoreSlope(const BwdParams& params, const Work& work, int head,
@@ -334,7 +349,7 @@ struct BwdTilesSm90 {
       TmaPrefetch(&params.maps.dout);
       MbarrierInit(Address(smem, kFullKv), 1);
       for (int stage = 0; stage < C::kStages; ++stage) {
-        MbarrierInit(Address(smem, kFullQ, stage), 1);
+        MbarrierInit(Address(smem, kFullQ, stage), 1 + kWarpSize);
         MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
         MbarrierInit(Address(smem, kFullDo, stage), 1);
         MbarrierInit(Address(smem, kEmptyDo, stage), 4 * kConsumers);
@@ -345,7 +360,7 @@ struct BwdTilesSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x == 0) Produce(params, smem, work, walk);
+      if (threadIdx.x < kWarpSize) Produce(params, smem, work, walk);
     } else {
       ClaimRegisters<kConsumerRegisters>();
       consume(smem, work, mask, ids, walk, group - 1);

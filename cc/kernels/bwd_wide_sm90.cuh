@@ -42,7 +42,7 @@ struct BwdWideSm90 {
   static constexpr int kSmemDs = Tiles::kSmemExchange, kSmemP = kSmemDs + 2 * kPanelBytesN;
   static constexpr int kBytesP = 4 * kM * kN;
   enum NamedBarrier {
-    kFullP = Tiles::kGroup + Tiles::kConsumers,
+    kFullP = Tiles::kOther,
     kEmptyP,
     kFullDs,  // and the next one
   };
@@ -58,25 +58,11 @@ struct BwdWideSm90 {
   template <int kColumns>
   using Columns = float[1][kColumns / 8][4];
 
-  // d += A B, started: A is P^T or dS^T, B dO or Q.
-  template <int kColumns>
-  static JFA_DEVICE void GradientGemm(Columns<kColumns>& d, const Fragments& a, uint32 smem_b) {
-    const uint64 b = PanelDescriptor(smem_b, kPanelBytesM);
-    Pin(d);
-    WgmmaFence();
-#pragma unroll
-    for (int step = 0; step < kM / 16; ++step) {
-      Wgmma<kColumns>::template Rs<C::kBf16, true>(d, a[step], b + ((step * 16 * kRowBytes) >> 4),
-                                                   1);
-    }
-    WgmmaCommit();
-    Pin(d);
-  }
-
   // A warpgroup's part of dQ = dS K of a step, from start to end; `release` is called in between,
   // when all products that were started are done.
   template <int kGroup, class Release>
-  static JFA_DEVICE void AddDq(const typename Tiles::DqSums& sums, uint32 smem, int row_tile,
+  static JFA_DEVICE void AddDq(const BwdParams& params, uint32 smem,
+                               const typename Tiles::Work& work, const typename Tiles::Step& step,
                                uint32 smem_ds, const Release& release) {
     constexpr int kColumns = CountPanels(kGroup) * kPanelColumns, kFirst = FirstPanel(kGroup);
     if constexpr (kColumns > 0) {
@@ -94,7 +80,10 @@ struct BwdWideSm90 {
       WgmmaWait<0>();
       Pin(dq);
       release();
-      sums.template Add<kColumns>(dq, row_tile);
+      const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(
+          params, work.sequence, work.item.batch, step.head, work.item.head);
+      Tiles::template AddDq<kColumns>(scratch.dq, dq, step.block * kM, work.sequence.q_len,
+                                      kFirst * kPanelColumns);
     } else {
       WgmmaWait<0>();
       release();
@@ -148,8 +137,6 @@ struct BwdWideSm90 {
     typename Tiles::Step step{work.head_begin, walk.First()}, before{-1, 0};
     typename Tiles::Ring ring;
     int buffer = 0;  // of the step's dS^T
-    typename Tiles::DqSums sums;
-    if constexpr (C::kDqSums) sums = Tiles::DqSums::Of(params, work, 0);
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -184,7 +171,8 @@ struct BwdWideSm90 {
       NamedBarrierArrive(kFullP, Tiles::kConsumerThreads);
       Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
       MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
+      Tiles::template GradientGemm<C::kHeadDimV>(
+          dv, p, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
       const auto release = [&] {
         Pin(dv);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
@@ -192,7 +180,7 @@ struct BwdWideSm90 {
       if (C::kDqSums && before.head >= 0) {
         const int last = buffer ^ 1;
         NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
-        AddDq<0>(sums, smem, before.block, smem + kSmemDs + last * kPanelBytesN, release);
+        AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, release);
       } else {
         WgmmaWait<0>();
         release();
@@ -203,14 +191,13 @@ struct BwdWideSm90 {
       if (C::kAlibi && next.head != step.head && next.head < work.head_end) {
         logits.SetHead(problem, batch, next.head);
       }
-      if (C::kDqSums && before.head >= 0 && before.head != step.head) sums.NextHead(params);
       before = step;
       step = next;
     }
     if constexpr (C::kDqSums) {
       const int last = buffer ^ 1;
       NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
-      AddDq<0>(sums, smem, before.block, smem + kSmemDs + last * kPanelBytesN, [] {});
+      AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, [] {});
     }
   }
 
@@ -223,10 +210,6 @@ struct BwdWideSm90 {
     typename Tiles::Step step{work.head_begin, walk.First()};
     typename Tiles::Ring ring;
     int buffer = 0;
-    typename Tiles::DqSums sums;
-    if constexpr (C::kDqSums) {
-      sums = Tiles::DqSums::Of(params, work, FirstPanel(1) * kPanelColumns);
-    }
     float dslope = 0.f;
 #pragma unroll 1
     while (step.head < work.head_end) {
@@ -273,15 +256,15 @@ struct BwdWideSm90 {
         FenceProxyAsync();
         NamedBarrierArrive(kFullDs + buffer, Tiles::kConsumerThreads);
       }
-      GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
+      Tiles::template GradientGemm<C::kHeadDim>(dk, ds,
+                                                smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
       const auto release = [&] {
         Pin(dk);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
       };
       if constexpr (C::kDqSums) {
         NamedBarrierSync(Tiles::kGroup + 1, Tiles::kGroupThreads);
-        AddDq<1>(sums, smem, step.block, smem_ds, release);
-        if (next.head != step.head) sums.NextHead(params);
+        AddDq<1>(params, smem, work, step, smem_ds, release);
       } else {
         WgmmaWait<0>();
         release();

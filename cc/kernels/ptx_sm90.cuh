@@ -30,14 +30,6 @@ constexpr uint64 kL2EvictNormal = 0x1000000000000000ull;
 constexpr uint64 kL2EvictFirst = 0x12f0000000000000ull;
 constexpr uint64 kL2EvictLast = 0x14f0000000000000ull;
 
-// Contiguous bytes; both addresses and the number are multiples of 16.
-JFA_DEVICE void BulkLoad(uint32 smem, const void* gmem, int bytes, uint32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(smem),
-      "l"(gmem), "r"(bytes), "r"(barrier)
-      : "memory");
-}
 // A box that starts at (column, row, head, batch) of the mapped tensor; zeros beyond its edges.
 JFA_DEVICE void TmaLoad(uint32 smem, const TensorMap* map, uint32 barrier, int column, int row,
                         int head, int batch, uint64 policy) {
