@@ -49,7 +49,7 @@ struct BwdSm90Tile {
   int block_m, block_n, stages;
 };
 
-// `size` is the larger tile class. `sends_slope`: beyond 128, a second tile of 32 bits is exchanged.
+// `size` is the larger tile class. `sends_slope`: beyond 128, two tiles of 32 bits are exchanged.
 BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope);
 
 // Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the

@@ -10,9 +10,9 @@
 //   64 keys,           |           |                                           memory)
 //   warpgroup 2        +-----------+
 //
-// Roles       Warpgroup 0 gives its registers away; its first lane produces: it orders copies of K,
-//             V, then Q, dO and the rows' statistics step by step. Each other warpgroup consumes:
-//             it owns 64 keys, whose P^T and dS^T stay in registers for dV and dK.
+// Roles       Warpgroup 0 gives its registers away; its first warp produces: it copies K, V, then
+//             Q, dO and the rows' statistics step by step. Each other warpgroup consumes: it owns
+//             64 keys, whose P^T and dS^T stay in registers for dV and dK.
 // dQ          needs all keys: dS^T goes through shared memory, and each warpgroup then makes half
 //             of the product's columns and adds them up in global memory.
 // Overlap     A warp that starts a product waits until the tensor cores take it, so a warpgroup's
@@ -42,7 +42,8 @@ struct BwdSm90 {
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
   // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and
-  // the other the rest. Then each has code of its own, else kGroup is -1.
+  // the other the rest. Then each has code of its own, else kGroup is -1; and a turn ends after dK,
+  // not after dQ (8% faster at head dim 96, 4% slower at 128).
   static constexpr bool kEven = C::kHeadDim / 2 % 32 == 0;
   template <int kGroup>
   static constexpr int kDqColumns = kEven         ? C::kHeadDim / 2
