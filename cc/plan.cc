@@ -144,8 +144,10 @@ TileClasses BwdSm90Classes(const Variant& variant) {
 KernelSpec MakeBwdSm90(const Variant& variant, const Common& common) {
   const int size = std::max(common.head_dim, common.head_dim_v);
   const bool wide = size > 128;
-  const BwdSm90Tile tile = PickBwdSm90Tile(size);
-  const int warps = 12, exchanged = wide ? 4 : 2;  // panels of P and dS
+  const bool sends_slope = wide && variant.softcap && variant.dslopes;
+  const BwdSm90Tile tile = PickBwdSm90Tile(size, sends_slope);
+  // What warpgroups exchange, in tiles of 16 bits: dS twice, and in 32 bits P and a cap's slope.
+  const int warps = 12, exchanged = sends_slope ? 6 : wide ? 4 : 2;
   const int panels = (common.head_dim + 63) / 64 + (common.head_dim_v + 63) / 64;
   // K, V, Q and dO; what warpgroups exchange; the rows' statistics; barriers.
   const int smem = 128 * panels * (tile.block_n + tile.stages * tile.block_m) +

@@ -191,8 +191,8 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};
 }
 
-BwdSm90Tile PickBwdSm90Tile(int size) {
-  if (size > 128) return {64, 64, 2};
+BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope) {
+  if (size > 128) return {64, 64, sends_slope ? 1 : 2};
   return {64, 128, size <= 64 ? 3 : 2};
 }
 

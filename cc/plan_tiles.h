@@ -50,8 +50,8 @@ struct BwdSm90Tile {
   int block_m, block_n, stages;
 };
 
-// `size` is the larger tile class.
-BwdSm90Tile PickBwdSm90Tile(int size);
+// `size` is the larger tile class. `sends_slope`: beyond 128, two tiles of 32 bits are exchanged.
+BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope);
 
 // Decode: blocks of 16 KB of K or V, so that copies are long and a ring of several covers the
 // latency of memory. Two CTAs on a multiprocessor, where they fit, fill each other's gaps.

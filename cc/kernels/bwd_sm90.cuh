@@ -15,11 +15,13 @@
 //             64 keys, whose P^T and dS^T stay in registers for dV and dK.
 // dQ          needs all keys: dS^T goes through shared memory, and each warpgroup then makes half
 //             of the product's columns and adds them up in global memory.
-// Overlap     P is computed under dP = V dO^T, dS under dV, the adds of dQ under dK; with kAhead
-//             all under the products of the step before. The other warpgroup's fill the rest.
-// Barriers    full and empty mbarriers of each buffer; one named barrier a step, when dS^T is
-//             there. Two buffers of dS^T: who passes the barrier of a step has read that of the
-//             last one.
+// Overlap     A warp that starts a product waits until the tensor cores take it, so a warpgroup's
+//             own softmax hides little: the other one's products have to. They take turns: the
+//             second makes its part of dQ when the first is done with its own, and stays so far
+//             behind. The first, which is ahead, makes dQ of the step before.
+// Barriers    full and empty mbarriers of each buffer. One named barrier for each warpgroup's turn;
+//             a turn also says that the other's dS^T is there, and that one of the two buffers of
+//             dS^T has been read.
 // Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); dS^T
 //             2 * kBlockN * kBlockM; times 2 bytes; LSE and delta kStages * kBlockM * 8 bytes.
 // Registers   dK and dV kHeadDim / 2 + kHeadDimV / 2, S and dP kBlockM, of 240.
@@ -39,16 +41,20 @@ struct BwdSm90 {
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
-  // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and the
-  // other the rest. Then each has code of its own, else kGroup is -1.
+  // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and
+  // the other the rest. Then each has code of its own, else kGroup is -1; and a turn ends after dK,
+  // not after dQ (8% faster at head dim 96, 4% slower at 128).
   static constexpr bool kEven = C::kHeadDim / 2 % 32 == 0;
   template <int kGroup>
-  static constexpr int kDqColumns =
-      kEven ? C::kHeadDim / 2 : kGroup == 0 ? kPanelColumns : C::kHeadDim - kPanelColumns;
+  static constexpr int kDqColumns = kEven         ? C::kHeadDim / 2
+                                    : kGroup == 0 ? kPanelColumns
+                                                  : C::kHeadDim - kPanelColumns;
   template <int kGroup>
   static JFA_DEVICE int DqColumn(int group) {
     return kGroup < 0 ? group * kDqColumns<kGroup> : kGroup * kPanelColumns;
   }
+
+  enum NamedBarrier { kTurn = Tiles::kOther };  // one of each consumer warpgroup
 
   static_assert(kN == kGroupKeys * Tiles::kConsumers, "a consumer warpgroup owns 64 keys");
   static_assert(C::kHeadDim <= 2 * kPanelColumns, "a warpgroup's columns of dQ are in one panel");
@@ -57,24 +63,6 @@ struct BwdSm90 {
   using Fragments = typename Tiles::template Fragments<kM>;
   template <int kGroup>
   using DqPart = float[1][kDqColumns<kGroup> / 8][4];
-  // Where there are registers for the scores of a step beside the gradients of another.
-  static constexpr bool kAhead = C::kDqSums && C::kHeadDim <= 64 && !C::kSoftcap && !C::kSegments;
-
-  // d += A B, started: A is P^T or dS^T, B dO or Q.
-  template <int kColumns>
-  static JFA_DEVICE void GradientGemm(float (&d)[1][kColumns / 8][4], const Fragments& a,
-                                      uint32 smem_b) {
-    const uint64 b = PanelDescriptor(smem_b, kPanelBytesM);
-    Pin(d);
-    WgmmaFence();
-#pragma unroll
-    for (int step = 0; step < kM / 16; ++step) {
-      Wgmma<kColumns>::template Rs<C::kBf16, true>(d, a[step], b + ((step * 16 * kRowBytes) >> 4),
-                                                   1);
-    }
-    WgmmaCommit();
-    Pin(d);
-  }
 
   // d = dS K, a warpgroup's columns of it, started.
   template <int kGroup>
@@ -89,7 +77,8 @@ struct BwdSm90 {
 #pragma unroll
     for (int step = 0; step < kN / 16; ++step) {
       const uint64 offset = (step * 16 * kRowBytes) >> 4;
-      Wgmma<kDqColumns<kGroup>>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset, step > 0);
+      Wgmma<kDqColumns<kGroup>>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset,
+                                                                   step > 0);
     }
     WgmmaCommit();
     Pin(d);
@@ -98,32 +87,40 @@ struct BwdSm90 {
   using Dk = float[1][C::kHeadDim / 8][4];
   using Dv = float[1][C::kHeadDimV / 8][4];
 
-  // S = K Q^T and dP = V dO^T of a step, started when its tiles are there.
-  static JFA_DEVICE void StartScores(Scores& s, Scores& dp, uint32 smem,
-                                     const ProblemParams& problem, const Sequence& sequence,
-                                     const typename Tiles::Step& step,
-                                     const typename Tiles::Ring& ring, int group) {
+  // Keeps the compiler from computing what follows from it before the loop and keeping that in
+  // registers.
+  static JFA_DEVICE uint32 Anew(uint32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+
+  // S = K Q^T of a step, started when its rows are there.
+  static JFA_DEVICE void StartS(Scores& s, uint32 smem, const ProblemParams& problem,
+                                const Sequence& sequence, const typename Tiles::Step& step,
+                                const typename Tiles::Ring& ring, int group) {
     const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
-    const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
-    const uint32 keys = smem + group * kGroupKeys * kRowBytes;
     const int row0 = step.block * kM;
     MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
     if (row0 + kM > sequence.q_len && sequence.q_begin + sequence.q_len != problem.q_len) {
       // Every warpgroup for itself: writing a zero twice does no harm.
+      const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
       MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
       Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
       Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
       FenceProxyAsync();
       NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
     }
-    Tiles::template ScoreGemm<kM, kPanels, kPanelBytesN, kPanelBytesM>(s, keys + Tiles::kSmemK, q);
-    MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-    Tiles::template ScoreGemm<kM, kPanelsV, kPanelBytesN, kPanelBytesM>(dp, keys + Tiles::kSmemV,
-                                                                        dout);
+    Tiles::template ScoreGemm<kM, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
+        s, Anew(smem + Tiles::kSmemK + group * kGroupKeys * kRowBytes), q);
   }
 
-  static JFA_DEVICE uint32 StatsOf(uint32 smem, int stage) {
-    return smem + Tiles::kSmemStats + stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
+  // dP = V dO^T, likewise.
+  static JFA_DEVICE void StartDp(Scores& dp, uint32 smem, const typename Tiles::Ring& ring,
+                                 int group) {
+    MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
+    Tiles::template ScoreGemm<kM, C::kHeadDimV, kPanelBytesN, kPanelBytesM>(
+        dp, Anew(smem + Tiles::kSmemV + group * kGroupKeys * kRowBytes),
+        smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
   }
 
   template <int kGroup>
@@ -141,6 +138,9 @@ struct BwdSm90 {
     typename Tiles::Ring ring;
     uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
     float dslope = 0.f;
+    // Of which step dQ is made. The first warpgroup is ahead, so it is one behind with that.
+    const bool lags = group == 0;
+    typename Tiles::Step of = lags ? typename Tiles::Step{-1, 0} : step;
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -151,7 +151,8 @@ struct BwdSm90 {
           smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
 
       Scores s, dp;
-      StartScores(s, dp, smem, problem, sequence, step, ring, group);
+      StartS(s, smem, problem, sequence, step, ring, group);
+      StartDp(dp, smem, ring, group);
 
       const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
       const auto dlogit = [&](int n, int e, float delta, float slope) {
@@ -189,7 +190,7 @@ struct BwdSm90 {
           if constexpr (!kEarlyDv) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
         }
       }
-      GradientGemm<C::kHeadDimV>(dv, p, dout);
+      Tiles::template GradientGemm<C::kHeadDimV>(dv, p, dout);
 
       if constexpr (kEarlyDv) {
         WgmmaWait<1>();
@@ -207,23 +208,27 @@ struct BwdSm90 {
       if constexpr (C::kDqSums) {
         Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
         FenceProxyAsync();
-        NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
+        if (of.head >= 0) NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
         DqPart<kGroup> dq;
-        DqGemm<kGroup>(dq, smem_ds, smem + Tiles::kSmemK, group);
-        GradientGemm<C::kHeadDim>(dk, ds, q);
+        DqGemm<kGroup>(dq, lags ? other_ds : smem_ds, smem + Tiles::kSmemK, group);
+        Tiles::template GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
         Pin(dq);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-        const BwdScratch scratch =
-            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, row0, sequence.q_len,
-                                                   DqColumn<kGroup>(group));
+        if constexpr (kEven) NamedBarrierArrive(kTurn + 1 - group, Tiles::kConsumerThreads);
+        if (of.head >= 0) {
+          const BwdScratch scratch =
+              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+          Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                    DqColumn<kGroup>(group));
+        }
+        of = lags ? step : next;
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
       } else {
-        GradientGemm<C::kHeadDim>(dk, ds, q);
+        Tiles::template GradientGemm<C::kHeadDim>(dk, ds, q);
         WgmmaWait<1>();
         Pin(dv);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
@@ -231,6 +236,9 @@ struct BwdSm90 {
       WgmmaWait<0>();
       Pin(dk);
       Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
+      if constexpr (C::kDqSums && !kEven) {
+        NamedBarrierArrive(kTurn + 1 - group, Tiles::kConsumerThreads);
+      }
       ring.Advance();
       if (C::kAlibi && next.head != step.head) {
         if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, step.head, dslope);
@@ -239,121 +247,19 @@ struct BwdSm90 {
       }
       step = next;
     }
-  }
-
-  // The same, but a step's scores start before the products of the step before, which then run
-  // under its softmax.
-  template <int kGroup>
-  static JFA_DEVICE void WalkAhead(const BwdParams& params, uint32 smem,
-                                   const typename Tiles::Work& work,
-                                   const typename Tiles::Mask& mask, const typename Tiles::Ids& ids,
-                                   const typename Tiles::Walk& walk, int group, Dk& dk, Dv& dv) {
-    const ProblemParams& problem = params.problem;
-    const Sequence& sequence = work.sequence;
-    const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
-    typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
-    typename Tiles::Step step{work.head_begin, walk.First()};
-    typename Tiles::Ring ring;
-    uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
-    float dslope = 0.f;
-    Scores s, dp;
-    Fragments p, ds;
-
-    // Scores to P, and dP to dS.
-    const auto weigh = [&] {
-      const int row0 = step.block * kM;
-      const uint32 stats = StatsOf(smem, ring.stage);
-      Tiles::template Hide<kM>(s, mask, ids, walk, step, first_key, row0);
-      const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
-#pragma unroll
-      for (int n = 0; n < kM / 8; ++n) {
-        const float2 lse = LoadSharedFloat2(stats + n * 32);
-        const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
-          const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
-          const float dlogit = weight.p * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
-          if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);
-          s[0][n][e] = weight.p;
-          dp[0][n][e] = dlogit * weight.slope;
-        }
+    if constexpr (C::kDqSums) {
+      if (lags) {
+        NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
+        DqPart<kGroup> dq;
+        DqGemm<kGroup>(dq, other_ds, smem + Tiles::kSmemK, group);
+        WgmmaWait<0>();
+        Pin(dq);
+        const BwdScratch scratch =
+            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
+        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
+                                                  DqColumn<kGroup>(group));
       }
-    };
-    const auto pack = [&] {
-#pragma unroll
-      for (int n = 0; n < kM / 8; n += 2) {
-        PackBlock<C::kBf16>(p[n / 2], s[0][n], s[0][n + 1]);
-        PackBlock<C::kBf16>(ds[n / 2], dp[0][n], dp[0][n + 1]);
-      }
-      Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
-      FenceProxyAsync();
-    };
-    const auto start_gradients = [&](const typename Tiles::Ring& of, DqPart<kGroup>& dq) {
-      NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-      GradientGemm<C::kHeadDimV>(dv, p, smem + Tiles::kSmemDo + of.stage * Tiles::kBytesDo);
-      DqGemm<kGroup>(dq, smem_ds, smem + Tiles::kSmemK, group);
-      GradientGemm<C::kHeadDim>(dk, ds, smem + Tiles::kSmemQ + of.stage * Tiles::kBytesQ);
-    };
-    const auto add_dq = [&](const typename Tiles::Step& of, const DqPart<kGroup>& dq) {
-      const BwdScratch scratch =
-          BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head);
-      Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                 DqColumn<kGroup>(group));
-    };
-
-    StartScores(s, dp, smem, problem, sequence, step, ring, group);
-    WgmmaWait<0>();
-    Pin(s);
-    Pin(dp);
-    weigh();
-    pack();
-    typename Tiles::Step before = step;
-    typename Tiles::Ring ring_before = ring;
-    step = step.Next(walk);
-    ring.Advance();
-#pragma unroll 1
-    while (step.head < work.head_end) {
-      StartScores(s, dp, smem, problem, sequence, step, ring, group);
-      DqPart<kGroup> dq;
-      start_gradients(ring_before, dq);
-      if (C::kAlibi && step.head != before.head) {
-        if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
-        dslope = 0.f;
-        logits.SetHead(problem, batch, step.head);
-      }
-      WgmmaWait<3>();
-      Pin(s);
-      Pin(dp);
-      weigh();
-      Pin(s);
-      Pin(dp);
-      WgmmaWait<1>();
-      Pin(dv);
-      Pin(dq);
-      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring_before.stage));
-      add_dq(before, dq);
-      WgmmaWait<0>();
-      Pin(dk);
-      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring_before.stage));
-      const uint32 swap = smem_ds;
-      smem_ds = other_ds;
-      other_ds = swap;
-      pack();
-      before = step;
-      ring_before = ring;
-      step = step.Next(walk);
-      ring.Advance();
     }
-    DqPart<kGroup> dq;
-    start_gradients(ring_before, dq);
-    if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, before.head, dslope);
-    WgmmaWait<1>();
-    Pin(dv);
-    Pin(dq);
-    add_dq(before, dq);
-    WgmmaWait<0>();
-    Pin(dk);
   }
 
   template <int kGroup>
@@ -381,11 +287,7 @@ struct BwdSm90 {
         FenceProxyAsync();
         NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
-      if constexpr (kAhead) {
-        WalkAhead<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
-      } else {
-        WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
-      }
+      WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
     }
 
 #pragma unroll

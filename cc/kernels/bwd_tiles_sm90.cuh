@@ -17,6 +17,9 @@ struct BwdTilesSm90 {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
   static constexpr int kM = C::kBlockM, kN = C::kBlockN;
   static constexpr int kThreads = C::kWarps * kWarpSize;
+  // Of a section of heads (ScheduleWork). dQ's sums count: beyond the L2 they take four times the
+  // bandwidth that Q and dO do.
+  static constexpr int kLeastTiles = 256;
   static constexpr int kGroupThreads = 128;
   static constexpr int kConsumers = C::kWarps / 4 - 1;  // warpgroups
   static constexpr int kConsumerThreads = kConsumers * kGroupThreads;
@@ -30,8 +33,8 @@ struct BwdTilesSm90 {
   // permuted by the row's number modulo 8 (the 128-byte swizzle of TMA and wgmma).
   static constexpr int kPanelColumns = 64;
   static constexpr int kRowBytes = 2 * kPanelColumns;
-  static constexpr int kPanels = C::kHeadDim / kPanelColumns;
-  static constexpr int kPanelsV = C::kHeadDimV / kPanelColumns;
+  static constexpr int kPanels = (C::kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelsV = (C::kHeadDimV + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kPanelBytesM = kM * kRowBytes;
   static constexpr int kPanelBytesN = kN * kRowBytes;
   static constexpr int kBytesK = kPanels * kPanelBytesN, kBytesV = kPanelsV * kPanelBytesN;
@@ -53,10 +56,10 @@ struct BwdTilesSm90 {
     kFullDo = kEmptyQ + C::kStages,
     kEmptyDo = kFullDo + C::kStages,
   };
-  enum NamedBarrier { kExchange = 1, kGroup = 2 };  // kGroup: one of each consumer warpgroup
+  // One of each consumer warpgroup; kernels have more from kOther on.
+  enum NamedBarrier { kGroup = 1, kOther = kGroup + kConsumers };
 
-  static_assert(C::kHeadDim % kPanelColumns == 0 && C::kHeadDimV % kPanelColumns == 0,
-                "head dims are whole panels");
+  static_assert(C::kHeadDim % 32 == 0 && C::kHeadDimV % 32 == 0, "half a panel is the least");
   static_assert(kM == kPanelColumns, "the rows are one panel of dS^T, and M of the product for dQ");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
   static_assert(BwdScratch::kRowPadding % kM == 0, "row statistics are read in whole tiles");
@@ -119,8 +122,8 @@ struct BwdTilesSm90 {
     for (Step step{work.head_begin, walk.First()}; step.head < work.head_end;
          step = step.Next(walk)) {
       const int row0 = step.block * kM;
-      const BwdScratch scratch =
-          BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch, step.head);
+      const BwdScratch scratch = BwdScratch::Of<C::kDqSums, C::kHeadDim>(params, sequence, batch,
+                                                                         step.head, work.item.head);
       const uint32 full_q = Address(smem, kFullQ, ring.stage),
                    full_do = Address(smem, kFullDo, ring.stage);
       MbarrierWait(Address(smem, kEmptyQ, ring.stage), ring.parity ^ 1);
@@ -155,18 +158,34 @@ struct BwdTilesSm90 {
   template <int kRows>
   using Fragments = uint32[kRows / 16][4];
 
-  // d = A B^T, started: both operands with the inner dimension along rows.
-  template <int kRows, int kPanelCount, int kPanelBytesA, int kPanelBytesB>
+  // d = A B^T, started: both operands with the inner dimension, kColumns long, along rows.
+  template <int kRows, int kColumns, int kPanelBytesA, int kPanelBytesB>
   static JFA_DEVICE void ScoreGemm(Scores<kRows>& d, uint32 smem_a, uint32 smem_b) {
     const uint64 a = PanelDescriptor(smem_a, 16), b = PanelDescriptor(smem_b, 16);
     Pin(d);
     WgmmaFence();
 #pragma unroll
-    for (int step = 0; step < 4 * kPanelCount; ++step) {
+    for (int step = 0; step < kColumns / 16; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
       Wgmma<kRows>::template Ss<C::kBf16, false, false>(
           d, a + ((panel * kPanelBytesA + within) >> 4), b + ((panel * kPanelBytesB + within) >> 4),
           step > 0);
+    }
+    WgmmaCommit();
+    Pin(d);
+  }
+
+  // d += A B, started: A is P^T or dS^T of a warpgroup's keys, B dO or Q.
+  template <int kColumns>
+  static JFA_DEVICE void GradientGemm(float (&d)[1][kColumns / 8][4], const Fragments<kM>& a,
+                                      uint32 smem_b) {
+    const uint64 b = PanelDescriptor(smem_b, kPanelBytesM);
+    Pin(d);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kM / 16; ++step) {
+      Wgmma<kColumns>::template Rs<C::kBf16, true>(d, a[step], b + ((step * 16 * kRowBytes) >> 4),
+                                                   1);
     }
     WgmmaCommit();
     Pin(d);
@@ -284,6 +303,18 @@ struct BwdTilesSm90 {
     }
   }
 
+  // What all threads know alike, so that ptxas keeps it in uniform registers.
+  static JFA_DEVICE int Uniform(int x) { return __shfl_sync(kFullWarp, x, 0); }
+  static JFA_DEVICE void MakeUniform(Sequence& s) {
+    s.q_len = Uniform(s.q_len);
+    s.kv_len = Uniform(s.kv_len);
+    s.kv_rows = Uniform(s.kv_rows);
+    s.q_begin = Uniform(s.q_begin);
+    s.kv_begin = Uniform(s.kv_begin);
+    s.scratch_begin = Uniform(s.scratch_begin);
+    s.offset = Uniform(s.offset);
+  }
+
   // The kernel: what every thread of a CTA does first, then the producer, and `consume` in each
   // consumer warpgroup.
   template <class Consume>
@@ -298,9 +329,11 @@ struct BwdTilesSm90 {
                              problem.batch, problem.num_kv_heads, 1,
                              static_cast<int64>(problem.q_len) * problem.group *
                                  (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-                             C::kL2Bytes, kMask);
+                             C::kL2Bytes, kMask, kLeastTiles);
     work.tile = work.item.block;
     if (!SelectKeys<C::kPacked, kN>(problem, work.item, work.sequence)) return;
+    work.item = {Uniform(work.item.block), Uniform(work.item.batch), Uniform(work.item.head)};
+    MakeUniform(work.sequence);
     work.key0 = work.item.block * kN;
     work.head_begin = work.item.head * problem.group;
     work.head_end = work.head_begin + problem.group;

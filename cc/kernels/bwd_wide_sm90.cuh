@@ -1,25 +1,24 @@
 // Backward attention for Hopper at head dims over 128, whose dK and dV of 64 keys are more than one
-// warpgroup can hold: warpgroups own columns.
+// warpgroup can hold: one warpgroup owns dV, the other one dK.
 //
 //   one CTA = 64 keys of one key head; it walks the query heads of the group and their rows
 //
-//              rows i, 64 at a time            columns of dK, dV and dQ, in panels of 64
-//             +---------+---------+           +-------------------+-------------------+
-//   j   keys  | warp-   | warp-   |   S^T     |                   |                   |   dV += P^T
-//   dO
-//             | group 1 | group 2 |   dP^T    |    warpgroup 1    |    warpgroup 2    |   dK +=
-//             dS^T Q
-//             +---------+---------+           +-------------------+-------------------+   dQ = dS K
+//   warpgroup 1   S^T = K Q^T    P ---------> dV += P^T dO     dQ of the step before, half of it
+//                                | f32           ^
+//   warpgroup 2   dP^T = V dO^T  +--> dS ----> dK += dS^T Q    dQ = dS K, the other half
 //
-// Roles       as in bwd_sm90.cuh. Each consumer makes half of the rows of P^T and dS^T, and both go
-//             through shared memory, since the products that follow need all rows.
-// Barriers    full and empty mbarriers of each buffer; one named barrier a step, when P^T and dS^T
-//             are there. Two buffers of each: who passes the barrier of a step has read that of the
-//             last one.
-// Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); P^T and dS^T
-//             4 * kBlockN * kBlockM; times 2 bytes; LSE and delta kStages * kBlockM * 8 bytes.
-// Registers   dK, dV and dQ 32 for each panel, which are dealt out evenly; S and dP 16 each, of
-// 240.
+// Roles       The producer as in bwd_sm90.cuh. Each consumer has all 64 x 64 scores of a step: P
+//             goes from the first to the second through shared memory, thread by thread, since both
+//             hold the same elements. P^T and dS^T stay in registers for dV and dK; dS^T goes
+//             through shared memory for dQ.
+// Overlap     The first warpgroup is half a step ahead, so one multiplies while the other one
+//             computes weights or adds up dQ.
+// Barriers    full and empty mbarriers of each buffer. Named barriers: P is there, P has been read,
+//             dS^T is there (one for each of its two buffers).
+// Shared      K, V kBlockN * (kHeadDim + kHeadDimV); Q, dO kStages * kBlockM * (same); dS^T
+//             2 * kBlockN * kBlockM; times 2 bytes; P 4 * kBlockN * kBlockM bytes, twice that where
+//             the slope of a soft cap goes with it; LSE and delta kStages * kBlockM * 8 bytes.
+// Registers   dK or dV up to 128, half of dQ up to 64, S or dP 32, of 240.
 #ifndef JAX_FLASHATTN_CC_KERNELS_BWD_WIDE_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_BWD_WIDE_SM90_CUH_
 
@@ -30,220 +29,306 @@ namespace jfa {
 
 template <class C>
 struct BwdWideSm90 {
-  using Tiles = BwdTilesSm90<C, 4>;
+  // The gradient of ALiBi's slopes wants dS without the cap's slope.
+  static constexpr bool kSendsSlope = C::kSoftcap && C::kDslopes;
+  using Tiles = BwdTilesSm90<C, kSendsSlope ? 6 : 4>;
   static constexpr int kM = C::kBlockM, kN = C::kBlockN;
-  static constexpr int kRows = kM / Tiles::kConsumers;  // of scores, of one warpgroup
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
   static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
   static_assert(kN == 64, "the keys are M of wgmma");
-
-  using Scores = typename Tiles::template Scores<kRows>;
-  using Fragments = typename Tiles::template Fragments<kRows>;
-
-  // The panels of one warpgroup: half of dK's and dQ's, and as many of dV's as make both even.
-  struct Share {
-    int first, count, first_v, count_v;
+  static_assert(C::kHeadDim % kPanelColumns == 0 && C::kHeadDimV % kPanelColumns == 0,
+                "warpgroups own whole panels of dQ");
+  static constexpr int kSmemDs = Tiles::kSmemExchange, kSmemP = kSmemDs + 2 * kPanelBytesN;
+  static constexpr int kBytesP = 4 * kM * kN;
+  enum NamedBarrier {
+    kFullP = Tiles::kOther,
+    kEmptyP,
+    kFullDs,  // and the next one
   };
-  static constexpr Share ShareOf(int group) {
-    const int half = (kPanels + 1) / 2, even = (2 * kPanels + kPanelsV) / 2 - 2 * half;
-    const int half_v = even < 0 ? 0 : even > kPanelsV ? kPanelsV : even;
-    return group == 0 ? Share{0, half, 0, half_v}
-                      : Share{half, kPanels - half, half_v, kPanelsV - half_v};
-  }
-  template <int kPanelCount>
-  using Columns = float[1][(kPanelCount > 0 ? kPanelCount : 1) * 8][4];
 
-  // d += A B, started: A is P^T or dS^T in shared memory, B columns of dO or Q.
-  template <int kPanelCount>
-  static JFA_DEVICE void GradientGemm(Columns<kPanelCount>& d, uint32 smem_a, uint32 smem_b) {
-    if constexpr (kPanelCount > 0) {
-      const uint64 a = PanelDescriptor(smem_a, 16), b = PanelDescriptor(smem_b, kPanelBytesM);
-      Pin(d);
+  using Scores = typename Tiles::template Scores<kM>;
+  using Fragments = typename Tiles::template Fragments<kM>;
+
+  // Panels of dQ.
+  static constexpr int FirstPanel(int group) { return group == 0 ? 0 : (kPanels + 1) / 2; }
+  static constexpr int CountPanels(int group) {
+    return group == 0 ? (kPanels + 1) / 2 : kPanels / 2;
+  }
+  template <int kColumns>
+  using Columns = float[1][kColumns / 8][4];
+
+  // A warpgroup's part of dQ = dS K of a step, from start to end; `release` is called in between,
+  // when all products that were started are done.
+  template <int kGroup, class Release>
+  static JFA_DEVICE void AddDq(const BwdParams& params, uint32 smem,
+                               const typename Tiles::Work& work, const typename Tiles::Step& step,
+                               uint32 smem_ds, const Release& release) {
+    constexpr int kColumns = CountPanels(kGroup) * kPanelColumns, kFirst = FirstPanel(kGroup);
+    if constexpr (kColumns > 0) {
+      Columns<kColumns> dq;
+      const uint64 a = PanelDescriptor(smem_ds, 16),
+                   b = PanelDescriptor(smem + Tiles::kSmemK + kFirst * kPanelBytesN, kPanelBytesN);
+      Pin(dq);
       WgmmaFence();
 #pragma unroll
-      for (int step = 0; step < kM / 16; ++step) {
-        Wgmma<kPanelCount * 64>::template Ss<C::kBf16, true>(d, a + ((step * 32) >> 4),
-                                                             b + ((step * 16 * kRowBytes) >> 4), 1);
+      for (int i = 0; i < kN / 16; ++i) {
+        const uint64 offset = (i * 16 * kRowBytes) >> 4;
+        Wgmma<kColumns>::template Ss<C::kBf16, true, true>(dq, a + offset, b + offset, i > 0);
       }
+      WgmmaCommit();
+      WgmmaWait<0>();
+      Pin(dq);
+      release();
+      const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(
+          params, work.sequence, work.item.batch, step.head, work.item.head);
+      Tiles::template AddDq<kColumns>(scratch.dq, dq, step.block * kM, work.sequence.q_len,
+                                      kFirst * kPanelColumns);
+    } else {
+      WgmmaWait<0>();
+      release();
     }
-    WgmmaCommit();
-    if constexpr (kPanelCount > 0) Pin(d);
   }
 
-  // d = dS K, columns of it, started.
-  template <int kPanelCount>
-  static JFA_DEVICE void DqGemm(Columns<kPanelCount>& d, uint32 smem_ds, uint32 smem_k) {
-    if constexpr (kPanelCount > 0) {
-      const uint64 a = PanelDescriptor(smem_ds, 16), b = PanelDescriptor(smem_k, kPanelBytesN);
-      Pin(d);
-      WgmmaFence();
-#pragma unroll
-      for (int step = 0; step < kN / 16; ++step) {
-        const uint64 offset = (step * 16 * kRowBytes) >> 4;
-        Wgmma<kPanelCount * 64>::template Ss<C::kBf16, true, true>(d, a + offset, b + offset,
-                                                                   step > 0);
-      }
-    }
-    WgmmaCommit();
-    if constexpr (kPanelCount > 0) Pin(d);
-  }
-
-  template <int kGroup>
-  static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
-                                 const typename Tiles::Work& work, const typename Tiles::Mask& mask,
-                                 const typename Tiles::Ids& ids, const typename Tiles::Walk& walk) {
-    constexpr Share kShare = ShareOf(kGroup);
-    const ProblemParams& problem = params.problem;
+  // Waits for a step's rows, and clears those beyond the sequence. Every warpgroup for itself:
+  // writing a zero twice does no harm.
+  static JFA_DEVICE void AwaitRows(const BwdParams& params, uint32 smem,
+                                   const typename Tiles::Work& work,
+                                   const typename Tiles::Step& step,
+                                   const typename Tiles::Ring& ring, int group, int barrier) {
     const Sequence& sequence = work.sequence;
+    const int row0 = step.block * kM;
+    MbarrierWait(Tiles::Address(smem, barrier, ring.stage), ring.parity);
+    if (row0 + kM <= sequence.q_len || sequence.q_begin + sequence.q_len == params.problem.q_len) {
+      return;
+    }
+    MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
+    MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
+    Tiles::template ClearRows<kPanels, kPanelBytesM>(
+        smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ, sequence.q_len - row0, kM);
+    Tiles::template ClearRows<kPanelsV, kPanelBytesM>(
+        smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo, sequence.q_len - row0, kM);
+    FenceProxyAsync();
+    NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
+  }
+
+  // The element 4 * i of a thread's part of P, or of the slopes.
+  static JFA_DEVICE uint32 PlaceOfP(uint32 smem, int i) {
+    const int thread = ReadThreadIndex() % Tiles::kGroupThreads;
+    return smem + kSmemP + (i * Tiles::kGroupThreads + thread) * 16;
+  }
+  static JFA_DEVICE void Send(uint32 place, const float (&x)[4]) {
+    StoreShared16(place, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                    __float_as_uint(x[2]), __float_as_uint(x[3])));
+  }
+  static JFA_DEVICE float4 Receive(uint32 place) {
+    const uint4 x = LoadShared16(place);
+    return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
+                       __uint_as_float(x.w));
+  }
+
+  static JFA_DEVICE void WalkDv(const BwdParams& params, uint32 smem,
+                                const typename Tiles::Work& work, const typename Tiles::Mask& mask,
+                                const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
+                                Columns<C::kHeadDimV>& dv) {
+    const ProblemParams& problem = params.problem;
     const int batch = work.item.batch, key0 = work.key0;
-    Columns<kShare.count> dk;
-    Columns<kShare.count_v> dv;
-    Clear(dk);
-    Clear(dv);
-    Pin(dk);
-    Pin(dv);
-
-    if (walk.First() < walk.rows.end) {
-      MbarrierWait(Tiles::Address(smem, Tiles::kFullKv), 0);
-      const uint32 smem_k = smem + Tiles::kSmemK, smem_v = smem + Tiles::kSmemV;
-      const int keys = sequence.kv_len - key0;
-      // Every warpgroup clears padding for itself: writing a zero twice does no harm.
-      if (keys < kN && sequence.kv_begin + sequence.kv_len != problem.kv_len) {
-        Tiles::template ClearRows<kPanels, kPanelBytesN>(smem_k, keys, kN);
-        Tiles::template ClearRows<kPanelsV, kPanelBytesN>(smem_v, keys, kN);
-        FenceProxyAsync();
-        NamedBarrierSync(Tiles::kGroup + kGroup, Tiles::kGroupThreads);
-      }
-      const bool rows_end_early = sequence.q_begin + sequence.q_len != problem.q_len;
-
-      typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
-      typename Tiles::Step step{work.head_begin, walk.First()};
-      typename Tiles::Ring ring;
-      uint32 exchange = smem + Tiles::kSmemExchange, other = exchange + 2 * kPanelBytesN;
-      float dslope = 0.f;
+    typename Tiles::Logits logits(problem, work.sequence, batch, work.head_begin);
+    typename Tiles::Step step{work.head_begin, walk.First()}, before{-1, 0};
+    typename Tiles::Ring ring;
+    int buffer = 0;  // of the step's dS^T
 #pragma unroll 1
-      while (step.head < work.head_end) {
-        const int row0 = step.block * kM;
-        const typename Tiles::Step next = step.Next(walk);
-        const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
-        const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
-        const uint32 stats = smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes +
-                             kGroup * kRows * 4 + ReadLaneIndex() % 4 * 8;
-
-        MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
-        if (rows_end_early && row0 + kM > sequence.q_len) {
-          MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-          Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
-          Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
-          FenceProxyAsync();
-          NamedBarrierSync(Tiles::kGroup + kGroup, Tiles::kGroupThreads);
+    while (step.head < work.head_end) {
+      const int row0 = step.block * kM;
+      const uint32 stats =
+          smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
+      AwaitRows(params, smem, work, step, ring, 0, Tiles::kFullQ);
+      Scores s;
+      Tiles::template ScoreGemm<kM, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
+          s, smem + Tiles::kSmemK, smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
+      WgmmaWait<0>();
+      Pin(s);
+      Tiles::template Hide<kM>(s, mask, ids, walk, step, key0, row0);
+      const typename Tiles::Place place = Tiles::PlaceIn(key0, row0);
+      if (before.head >= 0) NamedBarrierSync(kEmptyP, Tiles::kConsumerThreads);
+      Fragments p;
+#pragma unroll
+      for (int n = 0; n < kM / 8; ++n) {
+        const float2 lse = LoadSharedFloat2(stats + n * 32);
+        float sent[4], slopes[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float distance = logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
+          const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
+          s[0][n][e] = weight.p;
+          sent[e] = kSendsSlope ? weight.p : weight.p * weight.slope;
+          slopes[e] = weight.slope;
         }
-        Scores s, dp;
-        Tiles::template ScoreGemm<kRows, kPanels, kPanelBytesN, kPanelBytesM>(
-            s, smem_k, q + kGroup * kRows * kRowBytes);
-        MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-        Tiles::template ScoreGemm<kRows, kPanelsV, kPanelBytesN, kPanelBytesM>(
-            dp, smem_v, dout + kGroup * kRows * kRowBytes);
+        Send(PlaceOfP(smem, n), sent);
+        if constexpr (kSendsSlope) Send(PlaceOfP(smem, n) + kBytesP, slopes);
+        if (n % 2 == 1) PackBlock<C::kBf16>(p[n / 2], s[0][n - 1], s[0][n]);
+      }
+      NamedBarrierArrive(kFullP, Tiles::kConsumerThreads);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
+      MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
+      Tiles::template GradientGemm<C::kHeadDimV>(
+          dv, p, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
+      const auto release = [&] {
+        Pin(dv);
+        Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
+      };
+      if (C::kDqSums && before.head >= 0) {
+        const int last = buffer ^ 1;
+        NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
+        AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, release);
+      } else {
         WgmmaWait<0>();
-        Pin(s);
-        Pin(dp);
+        release();
+      }
+      ring.Advance();
+      buffer ^= 1;
+      const typename Tiles::Step next = step.Next(walk);
+      if (C::kAlibi && next.head != step.head && next.head < work.head_end) {
+        logits.SetHead(problem, batch, next.head);
+      }
+      before = step;
+      step = next;
+    }
+    if constexpr (C::kDqSums) {
+      const int last = buffer ^ 1;
+      NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
+      AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, [] {});
+    }
+  }
 
-        const int first_row = row0 + kGroup * kRows;
-        Tiles::template Hide<kRows>(s, mask, ids, walk, step, key0, first_row);
-        const typename Tiles::Place place = Tiles::PlaceIn(key0, first_row);
-        Fragments p, ds;
+  static JFA_DEVICE void WalkDk(const BwdParams& params, uint32 smem,
+                                const typename Tiles::Work& work, const typename Tiles::Walk& walk,
+                                Columns<C::kHeadDim>& dk) {
+    const int key0 = work.key0;
+    const typename Tiles::Logits logits(params.problem, work.sequence, work.item.batch,
+                                        work.head_begin);
+    typename Tiles::Step step{work.head_begin, walk.First()};
+    typename Tiles::Ring ring;
+    int buffer = 0;
+    float dslope = 0.f;
+#pragma unroll 1
+    while (step.head < work.head_end) {
+      const int row0 = step.block * kM;
+      const typename Tiles::Step next = step.Next(walk);
+      const uint32 stats = smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes +
+                           Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
+      AwaitRows(params, smem, work, step, ring, 1, Tiles::kFullDo);
+      Scores dp;
+      Tiles::template ScoreGemm<kM, C::kHeadDimV, kPanelBytesN, kPanelBytesM>(
+          dp, smem + Tiles::kSmemV, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
+      MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
+      WgmmaWait<0>();
+      Pin(dp);
+      Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
+      NamedBarrierSync(kFullP, Tiles::kConsumerThreads);
+      const typename Tiles::Place place = Tiles::PlaceIn(key0, row0);
+      Fragments ds;
 #pragma unroll
-        for (int n = 0; n < kRows / 8; ++n) {
-          const float2 lse = LoadSharedFloat2(stats + n * 32);
-          const float2 delta = LoadSharedFloat2(stats + n * 32 + Tiles::kStatBytes);
+      for (int n = 0; n < kM / 8; ++n) {
+        const float2 delta = LoadSharedFloat2(stats + n * 32);
+        const float4 weight = Receive(PlaceOfP(smem, n));
+        const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float distance =
-                logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8);
-            const Weight weight = Weigh(logits, s[0][n][e], distance, e % 2 ? lse.y : lse.x);
-            const float dlogit = weight.p * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
-            if constexpr (C::kDslopes) dslope -= dlogit * fabsf(distance);
-            s[0][n][e] = weight.p;
-            dp[0][n][e] = dlogit * weight.slope;
-          }
-          if (n % 2 == 1) {
-            PackBlock<C::kBf16>(p[n / 2], s[0][n - 1], s[0][n]);
-            PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
+        for (int e = 0; e < 4; ++e) {
+          dp[0][n][e] = weights[e] * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
+          if constexpr (C::kDslopes) {
+            dslope -= dp[0][n][e] *
+                      fabsf(logits.Distance(place.row + 8 * n + e % 2, place.key + e / 2 * 8));
           }
         }
-        const uint32 smem_p = exchange, smem_ds = exchange + kPanelBytesN;
-        Tiles::template StoreScores<kRows>(p, smem_p, 0, kGroup * kRows);
-        Tiles::template StoreScores<kRows>(ds, smem_ds, 0, kGroup * kRows);
+        if constexpr (kSendsSlope) {
+          const float4 slope = Receive(PlaceOfP(smem, n) + kBytesP);
+          const float slopes[4] = {slope.x, slope.y, slope.z, slope.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) dp[0][n][e] *= slopes[e];
+        }
+        if (n % 2 == 1) PackBlock<C::kBf16>(ds[n / 2], dp[0][n - 1], dp[0][n]);
+      }
+      if (next.head < work.head_end) NamedBarrierArrive(kEmptyP, Tiles::kConsumerThreads);
+      const uint32 smem_ds = smem + kSmemDs + buffer * kPanelBytesN;
+      if constexpr (C::kDqSums) {
+        Tiles::template StoreScores<kM>(ds, smem_ds, 0, 0);
         FenceProxyAsync();
-        NamedBarrierSync(Tiles::kExchange, Tiles::kConsumerThreads);
-
-        GradientGemm<kShare.count_v>(dv, smem_p, dout + kShare.first_v * kPanelBytesM);
-        if constexpr (C::kDqSums) {
-          Columns<kShare.count> dq;
-          DqGemm<kShare.count>(dq, smem_ds, smem_k + kShare.first * kPanelBytesN);
-          GradientGemm<kShare.count>(dk, smem_ds, q + kShare.first * kPanelBytesM);
-          WgmmaWait<1>();
-          Pin(dv);
-          Pin(dq);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-          if constexpr (kShare.count > 0) {
-            const BwdScratch scratch =
-                BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, step.head);
-            Tiles::template AddDq<kShare.count * 64>(scratch.dq, dq, row0, sequence.q_len,
-                                                     kShare.first * 64);
-          }
-        } else {
-          GradientGemm<kShare.count>(dk, smem_ds, q + kShare.first * kPanelBytesM);
-          WgmmaWait<1>();
-          Pin(dv);
-          Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
-        }
-        WgmmaWait<0>();
+        NamedBarrierArrive(kFullDs + buffer, Tiles::kConsumerThreads);
+      }
+      Tiles::template GradientGemm<C::kHeadDim>(dk, ds,
+                                                smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
+      const auto release = [&] {
         Pin(dk);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyQ, ring.stage));
-        ring.Advance();
-        const uint32 swap = exchange;
-        exchange = other;
-        other = swap;
-        if (C::kAlibi && next.head != step.head) {
-          if constexpr (C::kDslopes) Tiles::StoreSlope(params, work, step.head, dslope);
-          dslope = 0.f;
-          if (next.head < work.head_end) logits.SetHead(problem, batch, next.head);
-        }
-        step = next;
+      };
+      if constexpr (C::kDqSums) {
+        NamedBarrierSync(Tiles::kGroup + 1, Tiles::kGroupThreads);
+        AddDq<1>(params, smem, work, step, smem_ds, release);
+      } else {
+        WgmmaWait<0>();
+        release();
       }
+      ring.Advance();
+      buffer ^= 1;
+      if (C::kDslopes && next.head != step.head) {
+        Tiles::StoreSlope(params, work, step.head, dslope);
+        dslope = 0.f;
+      }
+      step = next;
     }
+  }
 
+  template <int kColumns>
+  static JFA_DEVICE void Store(const Columns<kColumns>& x, const TensorArg& target,
+                               const typename Tiles::Work& work, float factor, int columns) {
+    const Sequence& sequence = work.sequence;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int key = Tiles::PlaceIn(key0, 0).key + 8 * half;
-      const bool writes = key < sequence.kv_rows;
-      const int row = sequence.kv_begin + key, head = work.item.head;
-      if constexpr (kShare.count > 0) {
-        constexpr int kFirst = kShare.first * kPanelColumns;
-        StoreRow<C::kBf16>(dk, half, problem.scale,
-                           RowPointer(params.dk, batch, head, row) + kFirst,
-                           problem.head_dim - kFirst, writes);
+      const int key = Tiles::PlaceIn(work.key0, 0).key + 8 * half;
+      StoreRow<C::kBf16>(
+          x, half, factor,
+          RowPointer(target, work.item.batch, work.item.head, sequence.kv_begin + key), columns,
+          key < sequence.kv_rows);
+    }
+  }
+
+  static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
+                                 const typename Tiles::Work& work, const typename Tiles::Mask& mask,
+                                 const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
+                                 int group) {
+    const ProblemParams& problem = params.problem;
+    const Sequence& sequence = work.sequence;
+    const bool walks = walk.First() < walk.rows.end;
+    if (walks) {
+      MbarrierWait(Tiles::Address(smem, Tiles::kFullKv), 0);
+      const int keys = sequence.kv_len - work.key0;
+      // Every warpgroup clears padding for itself: writing a zero twice does no harm.
+      if (keys < kN && sequence.kv_begin + sequence.kv_len != problem.kv_len) {
+        Tiles::template ClearRows<kPanels, kPanelBytesN>(smem + Tiles::kSmemK, keys, kN);
+        Tiles::template ClearRows<kPanelsV, kPanelBytesN>(smem + Tiles::kSmemV, keys, kN);
+        FenceProxyAsync();
+        NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
       }
-      if constexpr (kShare.count_v > 0) {
-        constexpr int kFirst = kShare.first_v * kPanelColumns;
-        StoreRow<C::kBf16>(dv, half, 1.f, RowPointer(params.dv, batch, head, row) + kFirst,
-                           problem.head_dim_v - kFirst, writes);
-      }
+    }
+    if (group == 0) {
+      Columns<C::kHeadDimV> dv;
+      Clear(dv);
+      Pin(dv);
+      if (walks) WalkDv(params, smem, work, mask, ids, walk, dv);
+      Store<C::kHeadDimV>(dv, params.dv, work, 1.f, problem.head_dim_v);
+    } else {
+      Columns<C::kHeadDim> dk;
+      Clear(dk);
+      Pin(dk);
+      if (walks) WalkDk(params, smem, work, walk, dk);
+      Store<C::kHeadDim>(dk, params.dk, work, problem.scale, problem.head_dim);
     }
   }
 
   static JFA_DEVICE void Run(const BwdParams& params, unsigned char* smem_pointer) {
     Tiles::RunRoles(params, smem_pointer,
-                    [&](uint32 smem, const auto& work, const auto& mask, const auto& ids,
-                        const auto& walk, int group) {
-                      if (group == 0) {
-                        Consume<0>(params, smem, work, mask, ids, walk);
-                      } else {
-                        Consume<1>(params, smem, work, mask, ids, walk);
-                      }
-                    });
+                    [&](uint32 smem, const auto&... rest) { Consume(params, smem, rest...); });
   }
 };
 

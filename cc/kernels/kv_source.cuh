@@ -20,20 +20,20 @@ struct WorkItem {
 // section of heads all heads' block 0 come before any block 1. Callers count blocks so that long
 // ones come first and the last to finish are short.
 //   full    sections whose streamed data fits in half of the L2. All tiles are equally long.
-//   causal  the same, but at least kLeastTiles, several waves: a section of fewer tiles ends in its
-//           longest ones. (H100, head dim 128, S 16384, 16 heads: 3.07 ms with the L2 alone, 2.71
-//           without sections; those matter again with more heads than that.)
+//   causal  the same, but at least `least_tiles`, several waves: a section of fewer tiles ends in
+//           its longest ones. (H100, head dim 128, S 16384, 16 heads: 3.07 ms with the L2
+//           alone, 2.71 without sections; those matter again with more heads than that.)
 //   local   one section: a tile streams a window, whatever the length, and long are only the tiles
 //           of sink tokens, which must start first.
 JFA_DEVICE WorkItem ScheduleWork(uint32 index, int num_blocks, int batch, int heads, int unit,
-                                 int64 bytes_per_unit, int l2_bytes, MaskKind mask) {
-  constexpr int kLeastTiles = 1024;
+                                 int64 bytes_per_unit, int l2_bytes, MaskKind mask,
+                                 int least_tiles = 1024) {
   const int total_units = batch * (heads / unit);
   int units = total_units;
   if (mask != MaskKind::kLocal) {
     int64 fitting = l2_bytes / 2 / Max(bytes_per_unit, int64{1});
     if (mask == MaskKind::kCausal) {
-      fitting = Max(fitting, static_cast<int64>(CeilDiv(kLeastTiles, num_blocks * unit)));
+      fitting = Max(fitting, static_cast<int64>(CeilDiv(least_tiles, num_blocks * unit)));
     }
     units = static_cast<int>(Clamp(fitting, int64{1}, static_cast<int64>(total_units)));
     units = CeilDiv(total_units, CeilDiv(total_units, units));  // of equal size
@@ -254,9 +254,14 @@ struct BwdScratch {
   template <bool kDqSums, int kHeadDim>
   static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch,
                                   int head) {
+    return Of<kDqSums, kHeadDim>(p, sequence, batch, head, head / p.problem.group);
+  }
+  // For whom the key head is known: a division takes longer than the adds of a tile.
+  template <bool kDqSums, int kHeadDim>
+  static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch, int head,
+                                  int kv_head) {
     const int64 rows = p.problem.scratch_rows;
     const int64 per_head = rows * (2 + (kDqSums ? kHeadDim : 0));
-    const int kv_head = head / p.problem.group;
     float* base =
         p.scratch +
         (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
