@@ -141,6 +141,8 @@ struct BwdSm90 {
     // Of which step dQ is made. The first warpgroup is ahead, so it is one behind with that.
     const bool lags = group == 0;
     typename Tiles::Step of = lags ? typename Tiles::Step{-1, 0} : step;
+    typename Tiles::DqSums sums;
+    if constexpr (C::kDqSums) sums = Tiles::DqSums::Of(params, work, DqColumn<kGroup>(group));
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -217,13 +219,10 @@ struct BwdSm90 {
         Pin(dq);
         Tiles::Arrive(Tiles::Address(smem, Tiles::kEmptyDo, ring.stage));
         if constexpr (kEven) NamedBarrierArrive(kTurn + 1 - group, Tiles::kConsumerThreads);
-        if (of.head >= 0) {
-          const BwdScratch scratch =
-              BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
-          Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                    DqColumn<kGroup>(group));
-        }
+        if (of.head >= 0) sums.template Add<kDqColumns<kGroup>>(dq, of.block);
+        const int head = of.head;
         of = lags ? step : next;
+        if (head >= 0 && of.head != head) sums.NextHead(params);
         const uint32 swap = smem_ds;
         smem_ds = other_ds;
         other_ds = swap;
@@ -254,10 +253,7 @@ struct BwdSm90 {
         DqGemm<kGroup>(dq, other_ds, smem + Tiles::kSmemK, group);
         WgmmaWait<0>();
         Pin(dq);
-        const BwdScratch scratch =
-            BwdScratch::Of<true, C::kHeadDim>(params, sequence, batch, of.head, work.item.head);
-        Tiles::template AddDq<kDqColumns<kGroup>>(scratch.dq, dq, of.block * kM, sequence.q_len,
-                                                  DqColumn<kGroup>(group));
+        sums.template Add<kDqColumns<kGroup>>(dq, of.block);
       }
     }
   }

@@ -269,26 +269,38 @@ struct BwdTilesSm90 {
     }
   }
 
-  // Adds a warpgroup's 64 rows of dQ, kColumns from `column` on, to the sums.
-  template <int kColumns>
-  static JFA_DEVICE void AddDq(float* sums, const float (&dq)[1][kColumns / 8][4], int row0,
-                               int q_len, int column) {
-    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
-    const int row_block = row0 / 16 + thread / kWarpSize;
-    if (row_block * 16 >= q_len) return;
-    float* block = sums + (static_cast<int64>(row_block) * (C::kHeadDim / 16) + column / 16) * 256 +
-                   DqElement(0, 0, lane);
+  // Where a thread adds up its part of dQ: of a warpgroup's 64 rows, columns from `column` on. The
+  // place is kept, since to compute it anew takes longer than the adds of a tile.
+  struct DqSums {
+    float* target;  // in the head's first row tile
+    int rows;       // of the sequence, from the warp's first one on
+
+    static JFA_DEVICE DqSums Of(const BwdParams& params, const Work& work, int column) {
+      const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(
+          params, work.sequence, work.item.batch, work.head_begin, work.item.head);
+      const int warp = ReadThreadIndex() % kGroupThreads / kWarpSize;
+      return {scratch.dq + warp * 16 * C::kHeadDim + column * 16 + DqElement(0, 0, ReadLaneIndex()),
+              work.sequence.q_len - warp * 16};
+    }
+    JFA_DEVICE void NextHead(const BwdParams& params) {
+      target += BwdScratch::PerHead<true, C::kHeadDim>(params);
+    }
+    template <int kColumns>
+    JFA_DEVICE void Add(const float (&dq)[1][kColumns / 8][4], int row_tile) const {
+      if (row_tile * kM >= rows) return;
+      float* place = target + static_cast<int64>(row_tile) * (kM * C::kHeadDim);
 #pragma unroll
-    for (int n = 0; n < kColumns / 16; ++n) {
-      const float (&left)[4] = dq[0][2 * n];
-      const float (&right)[4] = dq[0][2 * n + 1];
+      for (int n = 0; n < kColumns / 16; ++n) {
+        const float (&left)[4] = dq[0][2 * n];
+        const float (&right)[4] = dq[0][2 * n + 1];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        RedAdd4(block + n * 256 + half * 128, left[2 * half], left[2 * half + 1], right[2 * half],
-                right[2 * half + 1]);
+        for (int half = 0; half < 2; ++half) {
+          RedAdd4(place + n * 256 + half * 128, left[2 * half], left[2 * half + 1], right[2 * half],
+                  right[2 * half + 1]);
+        }
       }
     }
-  }
+  };
 
   // Each warp's sum into a place of its own, so that the sum of all has one order.
   static JFA_DEVICE void StoreSlope(const BwdParams& params, const Work& work, int head,

@@ -61,8 +61,7 @@ struct BwdWideSm90 {
   // A warpgroup's part of dQ = dS K of a step, from start to end; `release` is called in between,
   // when all products that were started are done.
   template <int kGroup, class Release>
-  static JFA_DEVICE void AddDq(const BwdParams& params, uint32 smem,
-                               const typename Tiles::Work& work, const typename Tiles::Step& step,
+  static JFA_DEVICE void AddDq(const typename Tiles::DqSums& sums, uint32 smem, int row_tile,
                                uint32 smem_ds, const Release& release) {
     constexpr int kColumns = CountPanels(kGroup) * kPanelColumns, kFirst = FirstPanel(kGroup);
     if constexpr (kColumns > 0) {
@@ -80,10 +79,7 @@ struct BwdWideSm90 {
       WgmmaWait<0>();
       Pin(dq);
       release();
-      const BwdScratch scratch = BwdScratch::Of<true, C::kHeadDim>(
-          params, work.sequence, work.item.batch, step.head, work.item.head);
-      Tiles::template AddDq<kColumns>(scratch.dq, dq, step.block * kM, work.sequence.q_len,
-                                      kFirst * kPanelColumns);
+      sums.template Add<kColumns>(dq, row_tile);
     } else {
       WgmmaWait<0>();
       release();
@@ -137,6 +133,8 @@ struct BwdWideSm90 {
     typename Tiles::Step step{work.head_begin, walk.First()}, before{-1, 0};
     typename Tiles::Ring ring;
     int buffer = 0;  // of the step's dS^T
+    typename Tiles::DqSums sums;
+    if constexpr (C::kDqSums) sums = Tiles::DqSums::Of(params, work, 0);
 #pragma unroll 1
     while (step.head < work.head_end) {
       const int row0 = step.block * kM;
@@ -180,7 +178,7 @@ struct BwdWideSm90 {
       if (C::kDqSums && before.head >= 0) {
         const int last = buffer ^ 1;
         NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
-        AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, release);
+        AddDq<0>(sums, smem, before.block, smem + kSmemDs + last * kPanelBytesN, release);
       } else {
         WgmmaWait<0>();
         release();
@@ -191,13 +189,14 @@ struct BwdWideSm90 {
       if (C::kAlibi && next.head != step.head && next.head < work.head_end) {
         logits.SetHead(problem, batch, next.head);
       }
+      if (C::kDqSums && before.head >= 0 && before.head != step.head) sums.NextHead(params);
       before = step;
       step = next;
     }
     if constexpr (C::kDqSums) {
       const int last = buffer ^ 1;
       NamedBarrierSync(kFullDs + last, Tiles::kConsumerThreads);
-      AddDq<0>(params, smem, work, before, smem + kSmemDs + last * kPanelBytesN, [] {});
+      AddDq<0>(sums, smem, before.block, smem + kSmemDs + last * kPanelBytesN, [] {});
     }
   }
 
@@ -210,6 +209,10 @@ struct BwdWideSm90 {
     typename Tiles::Step step{work.head_begin, walk.First()};
     typename Tiles::Ring ring;
     int buffer = 0;
+    typename Tiles::DqSums sums;
+    if constexpr (C::kDqSums) {
+      sums = Tiles::DqSums::Of(params, work, FirstPanel(1) * kPanelColumns);
+    }
     float dslope = 0.f;
 #pragma unroll 1
     while (step.head < work.head_end) {
@@ -264,7 +267,8 @@ struct BwdWideSm90 {
       };
       if constexpr (C::kDqSums) {
         NamedBarrierSync(Tiles::kGroup + 1, Tiles::kGroupThreads);
-        AddDq<1>(params, smem, work, step, smem_ds, release);
+        AddDq<1>(sums, smem, step.block, smem_ds, release);
+        if (next.head != step.head) sums.NextHead(params);
       } else {
         WgmmaWait<0>();
         release();

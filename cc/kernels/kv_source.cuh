@@ -251,6 +251,11 @@ struct BwdScratch {
   float* delta;
   float* dq;
 
+  // Floats of one query head.
+  template <bool kDqSums, int kHeadDim>
+  static JFA_DEVICE int64 PerHead(const BwdParams& p) {
+    return p.problem.scratch_rows * (2 + (kDqSums ? kHeadDim : 0));
+  }
   template <bool kDqSums, int kHeadDim>
   static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch,
                                   int head) {
@@ -261,11 +266,10 @@ struct BwdScratch {
   static JFA_DEVICE BwdScratch Of(const BwdParams& p, const Sequence& sequence, int batch, int head,
                                   int kv_head) {
     const int64 rows = p.problem.scratch_rows;
-    const int64 per_head = rows * (2 + (kDqSums ? kHeadDim : 0));
     float* base =
         p.scratch +
         (static_cast<int64>(batch) * p.problem.num_kv_heads + kv_head) * p.scratch_stride +
-        (head - kv_head * p.problem.group) * per_head;
+        (head - kv_head * p.problem.group) * PerHead<kDqSums, kHeadDim>(p);
     const int64 first = sequence.scratch_begin;
     return {base + first, base + rows + first, base + 2 * rows + first * kHeadDim};
   }
