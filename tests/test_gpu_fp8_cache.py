@@ -98,6 +98,14 @@ def test_key_lengths(S, H):
     oracle_fp8.check(*make_inputs(5, 1, 1, S, 8, 2, H, H))
 
 
+@QUERIES
+@pytest.mark.parametrize("H", [64, 80, 128, 192, 256])
+def test_long_calls(H, dtype):
+    """Full masks over more than 1024 keys have tiles of their own."""
+    q, k, v = make_inputs(12, 2, 500, 1500, 4, 2, H, H, dtype=dtype)
+    oracle_fp8.check(q, k, v, k_scale=per_head(4), v_scale=per_head(5))
+
+
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("T", [1, 200])
