@@ -14,7 +14,7 @@ namespace {
 constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
 constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
-constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
+constexpr int kTileSlotBytes = 4 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
@@ -188,6 +188,11 @@ std::string CheckHeadDim(const char* name, int head_dim) {
          std::to_string(head_dim);
 }
 
+// Not over pages: two warps walk over the tiles of such a call, and must agree.
+bool MayCount(const KernelSpec& kernel, const Variant& variant) {
+  return kernel.file == "fwd_sm90.cuh" && !variant.paged;
+}
+
 // As NumTiles of kernels/kv_source.cuh.
 int64_t NumTiles(int64_t length, int64_t block, int64_t num_sequences) {
   return num_sequences > 0 ? length / block + num_sequences + 1 : CeilDiv(length, block);
@@ -298,7 +303,7 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
   if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
     int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
-    if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
+    if (PairsTiles(plan, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
     items *= heads;
     if (StaysOnMultiprocessors(plan, index, variant)) {
       items = std::min<int64_t>(items, multiprocessors);
@@ -326,15 +331,25 @@ bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant)
   if (variant.op == Op::kDecode) return index == 0;
   const std::string& file = plan.kernels[index].file;
   if (file != "fwd_sm90.cuh" && file != kFwdFp8File) return false;
-  // CTAs that stay would share tiles whose lengths nobody knows unevenly.
-  if (variant.schedule == Schedule::kAny) return !variant.packed && !variant.segments;
+  // In turn CTAs that stay would share tiles whose lengths nobody knows unevenly.
+  if (variant.schedule == Schedule::kAny) {
+    return (!variant.packed && !variant.segments) || MayCount(plan.kernels[index], variant);
+  }
   return variant.schedule == Schedule::kPersistent;
 }
 
-bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem) {
+  // Tiles of a full mask are alike.
+  const bool alike = !variant.packed && !variant.segments && variant.mask == Mask::kFull;
+  return problem.has_counter && !alike && MayCount(plan.kernels[0], variant) &&
+         StaysOnMultiprocessors(plan, 0, variant);
+}
+
+bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,
                 int multiprocessors) {
+  const KernelSpec& kernel = plan.kernels[0];
   if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
-  if (variant.schedule == Schedule::kGrid) return false;
+  if (variant.schedule == Schedule::kGrid || CountsTiles(plan, variant, problem)) return false;
   const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
   const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
   const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);

@@ -50,9 +50,12 @@ struct FwdSm90 {
   // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
   static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
   static constexpr int kProducerRegisters = kSearches                    ? 56
-                                            : kConsumers < 3             ? 40
+                                            : kConsumers < 3             ? 48
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
+  // Whether the next tile is found under the copies of this one, so that its first keys come soon.
+  static constexpr bool kEarlyTiles =
+      kConsumers < 3 && !C::kSegments && !C::kPaged && !C::kSoftcap && !C::kAlibi;
   // Five warpgroups are launched with 96 registers a thread, which is less than all there are.
   static constexpr int kPool = kConsumers == 4 ? 5 * 96 : 512;
   static constexpr int kConsumerRegisters =
@@ -75,7 +78,9 @@ struct FwdSm90 {
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
-  static constexpr int kTileSlots = 3, kSlotBytes = 256;
+  // The one at work, the next, and two whose output may still wait to be stored: with three the
+  // producer could wait for a warpgroup that waits for a later block of the tile at work.
+  static constexpr int kTileSlots = 4, kSlotBytes = 256;
   static constexpr int kSmemTiles =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
@@ -147,13 +152,19 @@ struct FwdSm90 {
       v.Advance();
       values.row = -1;
     };
-    while (walk.Next(&tile)) {
-      Work* slot = Slot(smem_pointer, t.stage);
+    // Hands over the next tile, if there is one.
+    const auto put_tile = [&] {
+      if (!walk.Next(&tile)) return false;
       if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       __syncwarp();
-      slot->Set(problem, tile, leader);
+      Slot(smem_pointer, t.stage)->Set(problem, tile, leader);
       if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
       t.Advance();
+      return true;
+    };
+    bool has_next = kEarlyTiles && put_tile();
+    while (kEarlyTiles ? has_next : put_tile()) {
+      const Work* slot = Slot(smem_pointer, t.stage == 0 ? kTileSlots - 1 : t.stage - 1);
       // From here on the tile is read where it was written, to save registers.
       bool is_first = true;
       Keys keys = slot->keys;
@@ -168,23 +179,25 @@ struct FwdSm90 {
             params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
             Address(smem, kEmptyK, k.stage), k.parity, place, leader);
         k.Advance();
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Copies::template Load<kPanels, kPanelBytesM>(
-                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
-                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
-                kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
+        if (is_first && leader) {
+          MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
+          Copies::template Load<kPanels, kPanelBytesM>(
+              &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
+              slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
+              kL2EvictFirst);
         }
         load_values();
         values = place;
+        if (is_first) {
+          q.Advance();
+          is_first = false;
+          if (kEarlyTiles) has_next = put_tile();
+        }
         // Pages are looked up a block ahead.
         block = keys.Next(block);
         place.Set(params, slot->tile, block);
       }
+      if (kEarlyTiles && is_first) has_next = put_tile();
     }
     load_values();
     if (leader) {

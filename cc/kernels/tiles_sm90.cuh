@@ -26,6 +26,7 @@ struct TilesSm90 {
     const FwdSm90Params& params;
     int num_row_tiles, blocks_per_head;
     uint32 num_items, item;
+    uint32 taken = 0;  // the counter, as it was when the leader took the item after `item`
     bool second = false;
 
     JFA_DEVICE explicit Walk(const FwdSm90Params& p)
@@ -33,7 +34,19 @@ struct TilesSm90 {
           num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
           blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
           num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
-          item(blockIdx.x) {}
+          item(blockIdx.x) {
+      Take();
+    }
+
+    // Long before the item is needed: a global atomic takes a microsecond.
+    JFA_DEVICE void Take() {
+      if (params.counter != nullptr && ReadLaneIndex() == 0) taken = atomicAdd(params.counter, 1u);
+    }
+    JFA_DEVICE void Advance() {
+      item = gridDim.x + (params.counter != nullptr ? __shfl_sync(kFullWarp, taken, 0)
+                                                    : item);
+      Take();
+    }
 
     JFA_DEVICE uint32 NumHeads() const {
       return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
@@ -57,7 +70,7 @@ struct TilesSm90 {
         }
         const bool last_first = kMask != MaskKind::kFull && !second;
         second = params.paired && !second && item < middles;
-        if (!second) item += gridDim.x;
+        if (!second) Advance();
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
           continue;
         }
