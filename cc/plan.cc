@@ -14,7 +14,7 @@ namespace {
 constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
 constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
 constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
-constexpr int kTileSlotBytes = 4 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
+constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.

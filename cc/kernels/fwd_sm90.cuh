@@ -8,8 +8,8 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
-//             warpgroup consumes: it owns 64 rows of the tile.
+//             copies of Q, K and V (over pages all lanes, and a third warp those of V). Its second
+//             warp finds the tiles. Each other warpgroup consumes: it owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
@@ -50,14 +50,11 @@ struct FwdSm90 {
   // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
   static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
   static constexpr int kProducerRegisters = kSearches                    ? 56
-                                            : kConsumers < 3             ? 48
+                                            : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
-  // Whether the next tile is found under the copies of this one, so that its first keys come soon.
-  static constexpr bool kEarlyTiles =
-      kConsumers < 3 && !C::kSegments && !C::kPaged && !C::kSoftcap && !C::kAlibi;
-  // Five warpgroups are launched with 96 registers a thread, which is less than all there are.
-  static constexpr int kPool = kConsumers == 4 ? 5 * 96 : 512;
+  // As many as the CTA is launched with, in units of 8 a thread; who claims more waits for ever.
+  static constexpr int kPool = (kConsumers + 1) * (512 / (kConsumers + 1) / 8 * 8);
   static constexpr int kConsumerRegisters =
       kConsumers == 1 ? 256 : (kPool - kProducerRegisters) / kConsumers / 8 * 8;
 
@@ -78,9 +75,7 @@ struct FwdSm90 {
   static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
   static constexpr int kSmemOut = kSmemV + C::kStages * kBytesV;
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
-  // The one at work, the next, and two whose output may still wait to be stored: with three the
-  // producer could wait for a warpgroup that waits for a later block of the tile at work.
-  static constexpr int kTileSlots = 4, kSlotBytes = 256;
+  static constexpr int kTileSlots = 3, kSlotBytes = 256;
   static constexpr int kSmemTiles =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots);
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
@@ -127,17 +122,43 @@ struct FwdSm90 {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
   }
 
-  // --- producer: one warp, of which one lane gives the orders ---------------------------------
+  // --- producers: warps of which one lane gives the orders ------------------------------------
 
   using Copies = CopiesSm90<C>;
   using KeyPlace = typename Copies::KeyPlace;
 
-  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const ProblemParams& problem = params.fwd.problem;
+  // Finds the CTA's tiles, one ahead of the copies: it takes global loads that nobody waits for.
+  static JFA_DEVICE void FindTiles(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
     TileWalk walk(params);
     Tile tile;
+    RingTile t;
+    bool more = true;
+    while (more) {
+      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      Work* slot = Slot(smem_pointer, t.stage);
+      more = walk.Next(&tile);
+      if (more) slot->Set(params.fwd.problem, tile, leader);
+      if (leader) {
+        if (!more) slot->tile.row0 = -1;
+        MbarrierArrive(Address(smem, kFullTile, t.stage));
+      }
+      __syncwarp();
+      t.Advance();
+    }
+  }
+
+  // All lanes: the tile where it was written, to save registers; null at the end.
+  static JFA_DEVICE const Work* WaitTile(unsigned char* smem_pointer, const RingTile& t) {
+    MbarrierWait(Address(SmemAddress(smem_pointer), kFullTile, t.stage), t.parity);
+    const Work* slot = Slot(smem_pointer, t.stage);
+    return slot->tile.row0 < 0 ? nullptr : slot;
+  }
+
+  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
+    const uint32 smem = SmemAddress(smem_pointer);
+    const bool leader = ReadLaneIndex() == 0;
     RingTile t;
     RingQ q;
     Ring k, v;
@@ -152,20 +173,7 @@ struct FwdSm90 {
       v.Advance();
       values.row = -1;
     };
-    // Hands over the next tile, if there is one.
-    const auto put_tile = [&] {
-      if (!walk.Next(&tile)) return false;
-      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      __syncwarp();
-      Slot(smem_pointer, t.stage)->Set(problem, tile, leader);
-      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
-      t.Advance();
-      return true;
-    };
-    bool has_next = kEarlyTiles && put_tile();
-    while (kEarlyTiles ? has_next : put_tile()) {
-      const Work* slot = Slot(smem_pointer, t.stage == 0 ? kTileSlots - 1 : t.stage - 1);
-      // From here on the tile is read where it was written, to save registers.
+    while (const Work* slot = WaitTile(smem_pointer, t)) {
       bool is_first = true;
       Keys keys = slot->keys;
       int block = keys.First();
@@ -179,55 +187,51 @@ struct FwdSm90 {
             params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
             Address(smem, kEmptyK, k.stage), k.parity, place, leader);
         k.Advance();
-        if (is_first && leader) {
-          MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-          Copies::template Load<kPanels, kPanelBytesM>(
-              &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
-              slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
-              kL2EvictFirst);
+        if (is_first) {
+          if (leader) {
+            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
+            Copies::template Load<kPanels, kPanelBytesM>(
+                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
+                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
+                kL2EvictFirst);
+          }
+          q.Advance();
+          is_first = false;
         }
         load_values();
         values = place;
-        if (is_first) {
-          q.Advance();
-          is_first = false;
-          if (kEarlyTiles) has_next = put_tile();
-        }
         // Pages are looked up a block ahead.
         block = keys.Next(block);
         place.Set(params, slot->tile, block);
       }
-      if (kEarlyTiles && is_first) has_next = put_tile();
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, t.stage));
+      t.Advance();
     }
     load_values();
-    if (leader) {
-      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      Slot(smem_pointer, t.stage)->tile.row0 = -1;
-      MbarrierArrive(Address(smem, kFullTile, t.stage));
-    }
   }
 
   // The second warp of a paged call's producers: all values.
   static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    TileWalk walk(params);
-    Tile tile;
+    RingTile t;
     Ring v;
-    while (walk.Next(&tile)) {
-      const Mask mask(params.fwd.problem, tile.sequence);
-      const typename Tiles::Ids ids(params.fwd.problem, tile.batch, tile.kv_head);
-      Keys keys = Tiles::KeysOf(tile, mask, ids);
+    while (const Work* slot = WaitTile(smem_pointer, t)) {
+      Keys keys = slot->keys;
       int block = keys.First();
       KeyPlace place;
-      place.Set(params, tile, block);
+      place.Set(params, slot->tile, block);
       while (block >= 0) {
         Copies::template LoadKeys<kPanelsV>(
             params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
             Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
         v.Advance();
         block = keys.Next(block);
-        place.Set(params, tile, block);
+        place.Set(params, slot->tile, block);
       }
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, t.stage));
+      t.Advance();
     }
   }
 
@@ -535,7 +539,7 @@ struct FwdSm90 {
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
         MbarrierInit(Address(smem, kFullTile, slot), 1);
-        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers + (C::kPaged ? 2 : 1));
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
@@ -550,7 +554,9 @@ struct FwdSm90 {
       ReleaseRegisters<kProducerRegisters>();
       if (threadIdx.x < kWarpSize) {
         Produce(params, smem_pointer);
-      } else if (C::kPaged && threadIdx.x < 2 * kWarpSize) {
+      } else if (threadIdx.x < 2 * kWarpSize) {
+        FindTiles(params, smem_pointer);
+      } else if (C::kPaged && threadIdx.x < 3 * kWarpSize) {
         ProduceValues(params, smem_pointer);
       }
     } else {

@@ -26,7 +26,6 @@ struct TilesSm90 {
     const FwdSm90Params& params;
     int num_row_tiles, blocks_per_head;
     uint32 num_items, item;
-    uint32 taken = 0;  // the counter, as it was when the leader took the item after `item`
     bool second = false;
 
     JFA_DEVICE explicit Walk(const FwdSm90Params& p)
@@ -34,18 +33,17 @@ struct TilesSm90 {
           num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
           blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
           num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
-          item(blockIdx.x) {
-      Take();
-    }
+          item(blockIdx.x) {}
 
-    // Long before the item is needed: a global atomic takes a microsecond.
-    JFA_DEVICE void Take() {
-      if (params.counter != nullptr && ReadLaneIndex() == 0) taken = atomicAdd(params.counter, 1u);
-    }
+    // All items but the CTAs' first are either taken in turn, or by who is free.
     JFA_DEVICE void Advance() {
-      item = gridDim.x + (params.counter != nullptr ? __shfl_sync(kFullWarp, taken, 0)
-                                                    : item);
-      Take();
+      if (params.counter == nullptr) {
+        item += gridDim.x;
+        return;
+      }
+      uint32 taken = 0;
+      if (ReadLaneIndex() == 0) taken = atomicAdd(params.counter, 1u);
+      item = gridDim.x + __shfl_sync(kFullWarp, taken, 0);
     }
 
     JFA_DEVICE uint32 NumHeads() const {
