@@ -508,10 +508,8 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     if (attrs.has_dslopes) {
       call->dslopes = reader.NextRet("dslopes", ElementType::kF32, {B, K, G, call->slope_partials});
     }
-    // As in module.cc: room for every family, one of which may be forced.
-    Variant largest = call->variant;
-    largest.family = Family::kSm90;
-    call->scratch_floats = std::max<int64_t>(1, ScratchFloats(largest, G, T, sizes.num_sequences));
+    call->scratch_floats =
+        std::max<int64_t>(1, ScratchFloats(call->variant, G, T, sizes.num_sequences));
     call->scratch = reader.NextRet("scratch", ElementType::kF32, {B, K, call->scratch_floats});
   }
   reader.ExpectEnd();

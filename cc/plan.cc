@@ -374,8 +374,10 @@ int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
 // The layout is BwdScratch in kernels/kv_source.cuh.
 int64_t ScratchFloats(const Variant& variant, int64_t group, int64_t q_len, int64_t num_sequences) {
   if (variant.op == Op::kFwd) return 0;
-  // For any architecture: the Hopper kernel rounds head dims up further.
-  const int head_dim = std::max(ClassesOf(variant).head_dim, BwdSm90Classes(variant).head_dim);
+  // For any architecture and family: the Hopper kernel rounds head dims up further.
+  Variant hopper = variant;
+  hopper.family = Family::kSm90;
+  const int head_dim = std::max(ClassesOf(variant).head_dim, BwdSm90Classes(hopper).head_dim);
   return group * ScratchRows(q_len, num_sequences) * (2 + (variant.deterministic ? 0 : head_dim));
 }
 
