@@ -46,10 +46,9 @@ struct FwdSm90 {
   static constexpr int kConsumers = C::kBlockM / kGroupRows;
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
-  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
-  // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
-  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged;
-  static constexpr int kProducerRegisters = kSearches                    ? 56
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find blocks of
+  // keys among segments takes more than to walk over all.
+  static constexpr int kProducerRegisters = C::kSegments                 ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
@@ -132,14 +131,15 @@ struct FwdSm90 {
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
     TileWalk walk(params);
-    Tile tile;
     RingTile t;
     bool more = true;
     while (more) {
       MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Work* slot = Slot(smem_pointer, t.stage);
-      more = walk.Next(&tile);
-      if (more) slot->Set(params.fwd.problem, tile, leader);
+      // Written at once where it is read, to save registers: by all lanes the same.
+      more = walk.Next(&slot->tile);
+      __syncwarp();
+      if (more) slot->SetRest(params.fwd.problem, leader);
       if (leader) {
         if (!more) slot->tile.row0 = -1;
         MbarrierArrive(Address(smem, kFullTile, t.stage));

@@ -101,14 +101,19 @@ struct TilesSm90 {
     // By a whole warp, whose leader writes; part by part, to save registers.
     JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
       if (leader) tile = t;
-      const Mask new_mask(problem, t.sequence);
+      __syncwarp();
+      SetRest(problem, leader);
+    }
+    // The same where `tile` is there.
+    JFA_DEVICE void SetRest(const ProblemParams& problem, bool leader) {
+      const Mask new_mask(problem, tile.sequence);
       if (leader) mask = new_mask;
-      const Ids new_ids(problem, t.batch, t.kv_head);
+      const Ids new_ids(problem, tile.batch, tile.kv_head);
       if (leader) ids = new_ids;
-      const Keys new_keys = KeysOf(t, new_mask, new_ids);
+      const Keys new_keys = KeysOf(tile, new_mask, new_ids);
       if (leader) keys = new_keys;
       __syncwarp();
-      if (leader) logits = {problem, t.sequence, t.batch, t.head};
+      if (leader) logits = {problem, tile.sequence, tile.batch, tile.head};
       __syncwarp();
     }
   };
