@@ -69,7 +69,7 @@ bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
   if (variant.family == Family::kSm90) return true;
   if (variant.schedule == Schedule::kPersistent) return true;  // the only one that has it
   const int size = std::max(common.head_dim, common.head_dim_v);
-  return size > 64 || (size == 64 && !variant.packed && !variant.segments);
+  return size > 64 || (size == 64 && !(variant.packed && variant.paged) && !variant.segments);
 }
 
 KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {

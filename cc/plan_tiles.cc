@@ -148,24 +148,24 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
   // registers, as do other features at the largest head dim.
   const bool segments = variant.segments, full = variant.mask == Mask::kFull;
   const bool is_short = variant.keys == Length::kShort, is_long = variant.keys == Length::kLong;
-  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
+  const bool plain = !segments && !variant.softcap && !variant.alibi;
   if (size <= 64) {
-    if (segments || variant.packed) return {128, 128, 2, false};
+    if (segments) return {128, 128, 2, false};
     if (!plain || variant.paged) return {192, 112, 2, true};
     // Lengths of few tiles are multiples of 256 rather than of 192, and four warpgroups hide what a
     // tile's begin and end cost.
-    if (is_short) return {256, 64, 4, full};
+    if (is_short && !variant.packed) return {256, 64, 4, full};
     return {192, 128, 4, true};
   }
   if (size <= 96 && plain && full) return {192, 96, 2, true, 1};
   if (size <= 96) return {128, segments ? 96 : 128, 2, false};
   if (size <= 128) {
     // More rows read K and V less often: it is the L2 that limits the others.
-    if (is_long && plain && full && !variant.paged && head_dim == head_dim_v) {
+    if (is_long && plain && full && !variant.paged && !variant.packed && head_dim == head_dim_v) {
       return {192, 80, 2, true};
     }
-    const bool one_q = plain && !variant.paged && (is_short || variant.mask == Mask::kCausal);
-    return {128, segments ? 96 : 128, 2, false, one_q ? 1 : 2};
+    if (plain && !variant.paged) return {128, 128, 2, true, 1};
+    return {128, segments ? 96 : 128, 2, false};
   }
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
   return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};

@@ -134,7 +134,7 @@ struct FwdSm90 {
     RingTile t;
     bool more = true;
     while (more) {
-      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      MbarrierWaitIdly(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
       Work* slot = Slot(smem_pointer, t.stage);
       // Written at once where it is read, to save registers: by all lanes the same.
       more = walk.Next(&slot->tile);
