@@ -91,6 +91,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
+  AddBool(&fields, "kFinderWarp", tile.finder_warp);
   // Short and long keys are in the name where they have a kernel of their own.
   Variant medium = variant;
   medium.keys = Length::kMedium;
@@ -188,9 +189,10 @@ std::string CheckHeadDim(const char* name, int head_dim) {
          std::to_string(head_dim);
 }
 
-// Not over pages: two warps walk over the tiles of such a call, and must agree.
-bool MayCount(const KernelSpec& kernel, const Variant& variant) {
-  return kernel.file == "fwd_sm90.cuh" && !variant.paged;
+bool Flag(const KernelSpec& kernel, const char* name) {
+  return std::any_of(kernel.config.begin(), kernel.config.end(), [&](const auto& field) {
+    return field.first == name && field.second == "true";
+  });
 }
 
 // As NumTiles of kernels/kv_source.cuh.
@@ -333,16 +335,21 @@ bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant)
   if (file != "fwd_sm90.cuh" && file != kFwdFp8File) return false;
   // In turn CTAs that stay would share tiles whose lengths nobody knows unevenly.
   if (variant.schedule == Schedule::kAny) {
-    return (!variant.packed && !variant.segments) || MayCount(plan.kernels[index], variant);
+    return (!variant.packed && !variant.segments) || Flag(plan.kernels[index], "kFinderWarp");
   }
   return variant.schedule == Schedule::kPersistent;
 }
 
 bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem) {
-  // Tiles of a full mask are alike.
-  const bool alike = !variant.packed && !variant.segments && variant.mask == Mask::kFull;
-  return problem.has_counter && !alike && MayCount(plan.kernels[0], variant) &&
-         StaysOnMultiprocessors(plan, 0, variant);
+  const KernelSpec& kernel = plan.kernels[0];
+  if (!problem.has_counter || kernel.file != "fwd_sm90.cuh" || variant.paged || variant.segments ||
+      !StaysOnMultiprocessors(plan, 0, variant)) {
+    return false;
+  }
+  // Measured. Tiles of a full mask are alike, but take CTAs different times where they are long;
+  // without turns, pairs of tiles are as good.
+  const bool alike = !variant.packed && variant.mask == Mask::kFull;
+  return Flag(kernel, "kFinderWarp") ? !alike : Flag(kernel, "kPingPong");
 }
 
 bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,

@@ -40,6 +40,7 @@ struct FwdSm90Tile {
   int block_m, block_n, stages;
   bool ping_pong;
   int stages_q = 2;
+  bool finder_warp = false;
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

@@ -8,14 +8,15 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V (over pages all lanes, and a third warp those of V). Its second
-//             warp finds the tiles. Each other warpgroup consumes: it owns 64 rows of the tile.
+//             copies of Q, K and V (over pages all lanes, and a third warp those of V). With
+//             kFinderWarp its second warp finds the tiles. Each other warpgroup consumes: it owns 64
+//             rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
-// Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
-//             product of a tile starts before the last one of the tile before, if there is room
-//             for two Q.
+// Tiles       CTAs stay, and take one tile after the other (TileWalk): in turn, or where tiles
+//             differ who is free takes the next one. With room for two Q there is no gap: the first
+//             product of a tile starts before the last one of the tile before.
 // Shared      kStagesQ buffers of Q, kStages of K and of V, each with a full and an empty mbarrier;
 //             the output, if there is room. plan.cc computes the same sum.
 // Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
@@ -47,8 +48,8 @@ struct FwdSm90 {
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
   // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find blocks of
-  // keys among segments takes more than to walk over all.
-  static constexpr int kProducerRegisters = C::kSegments                 ? 56
+  // keys among segments or pages takes more than to walk over all.
+  static constexpr int kProducerRegisters = C::kSegments || C::kPaged    ? 56
                                             : kConsumers < 3             ? 40
                                             : (C::kSoftcap || C::kAlibi) ? 56
                                                                          : 32;
@@ -126,28 +127,37 @@ struct FwdSm90 {
   using Copies = CopiesSm90<C>;
   using KeyPlace = typename Copies::KeyPlace;
 
-  // Finds the CTA's tiles, one ahead of the copies: it takes global loads that nobody waits for.
-  static JFA_DEVICE void FindTiles(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
-    TileWalk walk(params);
+  // Who finds the CTA's tiles, and hands them over in shared memory: the producer in front of each
+  // tile, or a warp of its own, one or two tiles ahead. That is faster where tiles are short, and
+  // slower where they are long.
+  struct Finder {
+    TileWalk walk;
     RingTile t;
-    bool more = true;
-    while (more) {
-      MbarrierWaitIdly(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+    JFA_DEVICE explicit Finder(const FwdSm90Params& params) : walk(params) {}
+
+    // The next tile, or the end: false.
+    JFA_DEVICE bool Put(unsigned char* smem_pointer) {
+      const uint32 smem = SmemAddress(smem_pointer);
+      const bool leader = ReadLaneIndex() == 0;
       Work* slot = Slot(smem_pointer, t.stage);
+      if constexpr (C::kFinderWarp) {
+        MbarrierWaitIdly(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      } else {
+        MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      }
       // Written at once where it is read, to save registers: by all lanes the same.
-      more = walk.Next(&slot->tile);
+      const bool more = walk.Next(&slot->tile);
       __syncwarp();
-      if (more) slot->SetRest(params.fwd.problem, leader);
+      if (more) slot->SetRest(walk.params.fwd.problem, leader);
       if (leader) {
         if (!more) slot->tile.row0 = -1;
         MbarrierArrive(Address(smem, kFullTile, t.stage));
       }
       __syncwarp();
       t.Advance();
+      return more;
     }
-  }
+  };
 
   // All lanes: the tile where it was written, to save registers; null at the end.
   static JFA_DEVICE const Work* WaitTile(unsigned char* smem_pointer, const RingTile& t) {
@@ -159,6 +169,7 @@ struct FwdSm90 {
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
+    Finder finder(params);
     RingTile t;
     RingQ q;
     Ring k, v;
@@ -173,7 +184,10 @@ struct FwdSm90 {
       v.Advance();
       values.row = -1;
     };
-    while (const Work* slot = WaitTile(smem_pointer, t)) {
+    while (true) {
+      if constexpr (!C::kFinderWarp) finder.Put(smem_pointer);
+      const Work* slot = WaitTile(smem_pointer, t);
+      if (slot == nullptr) break;
       bool is_first = true;
       Keys keys = slot->keys;
       int block = keys.First();
@@ -554,8 +568,10 @@ struct FwdSm90 {
       ReleaseRegisters<kProducerRegisters>();
       if (threadIdx.x < kWarpSize) {
         Produce(params, smem_pointer);
-      } else if (threadIdx.x < 2 * kWarpSize) {
-        FindTiles(params, smem_pointer);
+      } else if (C::kFinderWarp && threadIdx.x < 2 * kWarpSize) {
+        Finder finder(params);
+        while (finder.Put(smem_pointer)) {
+        }
       } else if (C::kPaged && threadIdx.x < 3 * kWarpSize) {
         ProduceValues(params, smem_pointer);
       }
