@@ -100,9 +100,9 @@ struct Problem {
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
   bool has_counter = false;  // forward only: there is a word of memory to count tiles with
-  bool alike = false;       // all its sequences have the same lengths
-  int64_t page_size = 0;    // 0: keys aren't in pages
-  int forced_cluster = -1;  // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
+  bool alike = false;        // all its sequences have the same lengths
+  int64_t page_size = 0;     // 0: keys aren't in pages
+  int forced_cluster = -1;   // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
 };
 
 struct Grid {

@@ -9,8 +9,8 @@
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
 //             copies of Q, K and V (over pages all lanes, and a third warp those of V). With
-//             kFinderWarp its second warp finds the tiles. Each other warpgroup consumes: it owns 64
-//             rows of the tile.
+//             kFinderWarp its second warp finds the tiles. Each other warpgroup consumes: it owns
+//             64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
