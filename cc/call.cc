@@ -79,6 +79,8 @@ class Reader {
   const Tensor& LastArg(size_t after) const { return Last(args_, after); }
   const Tensor& LastRet() const { return Last(rets_, 0); }
 
+  bool HasMoreRets() const { return rets_.size > next_ret_; }
+
   void ExpectEnd() {
     if (args_.size != next_arg_) {
       Fail("expected " + std::to_string(next_arg_) + " operands, got " +
@@ -488,6 +490,11 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextRet("lse", ElementType::kF32, {B, K, G, T});
+    // Programs exported before there was a counter have none.
+    if (reader.HasMoreRets()) {
+      call->tile_counter = reader.NextRet("tile_counter", ElementType::kS32, {B, K, 1});
+      call->sizes.has_counter = call->tile_counter != nullptr;
+    }
   } else {
     call->out = reader.NextArg("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextArg("lse", ElementType::kF32, {B, K, G, T});
@@ -502,10 +509,8 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     if (attrs.has_dslopes) {
       call->dslopes = reader.NextRet("dslopes", ElementType::kF32, {B, K, G, call->slope_partials});
     }
-    // As in module.cc: room for every family, one of which may be forced.
-    Variant largest = call->variant;
-    largest.family = Family::kSm90;
-    call->scratch_floats = std::max<int64_t>(1, ScratchFloats(largest, G, T, sizes.num_sequences));
+    call->scratch_floats =
+        std::max<int64_t>(1, ScratchFloats(call->variant, G, T, sizes.num_sequences));
     call->scratch = reader.NextRet("scratch", ElementType::kF32, {B, K, call->scratch_floats});
   }
   reader.ExpectEnd();

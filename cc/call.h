@@ -27,28 +27,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cc/aux_bits.h"
 #include "cc/kernels/params.h"
 #include "cc/plan.h"
 #include "cc/status.h"
 
 namespace jfa {
-
-// Bits of attribute `aux`: AUX_NAMES of _spec.py.
-enum AuxBit : int64_t {
-  kQueryOffset = 1 << 0,
-  kQLengths = 1 << 1,
-  kKvLengths = 1 << 2,
-  kQSegmentIds = 1 << 3,
-  kKvSegmentIds = 1 << 4,
-  kAlibiSlopes = 1 << 5,
-  kSinks = 1 << 6,
-  kCuSeqlensQ = 1 << 7,
-  kCuSeqlensKv = 1 << 8,
-  kPageTable = 1 << 9,
-  kQkScale = 1 << 10,
-  kVScale = 1 << 11,
-  kAllAux = (1 << 12) - 1,
-};
 
 // Bits of attribute `fp8`: fp8_attribute of _lowering_cuda.py.
 enum Fp8Bit : int64_t {
@@ -116,7 +100,7 @@ struct Call {
   Problem sizes{};
   void *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse = nullptr;
   void *dout = nullptr, *dlse = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  void *dslopes = nullptr, *scratch = nullptr;
+  void *dslopes = nullptr, *scratch = nullptr, *tile_counter = nullptr;
   int64_t scratch_floats = 0, slope_partials = 0;
   void *query_offset = nullptr, *q_lengths = nullptr, *kv_lengths = nullptr;
   void *q_segment_ids = nullptr, *q_segment_ranges = nullptr;

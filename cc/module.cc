@@ -258,7 +258,6 @@ NB_MODULE(_native, m) {
         variant.head_dim = head_dim;
         variant.head_dim_v = head_dim_v;
         variant.deterministic = deterministic;
-        variant.family = jfa::Family::kSm90;  // rounds head dims up furthest
         return jfa::ScratchFloats(variant, group, q_len, num_sequences);
       },
       nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("deterministic"), nb::arg("group"),

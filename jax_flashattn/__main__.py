@@ -10,7 +10,9 @@ import sys
 import jax
 
 import jax_flashattn
-from jax_flashattn import _bench, _bench_cuda, _lowering_cuda, _native
+from jax_flashattn import _lowering_cuda, _native
+from jax_flashattn._bench import cpu as bench_cpu
+from jax_flashattn._bench import cuda as bench_cuda
 
 BACKWARD_FEATURES = ("deterministic", "dslopes")
 FORWARD_FEATURES = ("paged",)
@@ -99,11 +101,11 @@ def _warmup(args: argparse.Namespace) -> None:
 def _bench_command(args: argparse.Namespace) -> None:
     if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        _bench.run(args.output)
+        bench_cpu.run(args.output)
     else:
         if jax.default_backend() != "gpu":
             sys.exit(f"--platform cuda: JAX finds no GPU, its backend is {jax.default_backend()}")
-        _bench_cuda.run(
+        bench_cuda.run(
             args.output, only=args.only, family=args.family, peers=args.peers, limit=args.limit
         )
 
@@ -159,10 +161,10 @@ def main() -> None:
         "--only",
         type=lambda text: text.split(","),
         metavar="SECTION,...",
-        help=f"on a GPU: which of {', '.join(_bench_cuda.SECTIONS)}; all by default",
+        help=f"on a GPU: which of {', '.join(bench_cuda.SECTIONS)}; all by default",
     )
     bench.add_argument(
-        "--family", choices=_bench_cuda.FAMILIES, help="on a GPU: force these kernels (plain only)"
+        "--family", choices=bench_cuda.FAMILIES, help="on a GPU: force these kernels (plain only)"
     )
     bench.add_argument(
         "--peers",

@@ -31,11 +31,13 @@ KERNELS = CASES.parent.parent / "cc" / "kernels"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-def _runs(cases: list[str], families: tuple[str, ...]) -> list[tuple[str, str, str]]:
+def _runs(
+    tools: list[str], cases: list[str], families: tuple[str, ...]
+) -> list[tuple[str, str, str]]:
     """Tool, case and kernel family of each run; families are forced."""
     return [
         (tool, case, family)
-        for tool in TOOLS
+        for tool in tools
         for case in cases
         for family in families
         if not case.startswith("fp8") or family == "sm90"
@@ -96,11 +98,12 @@ def main() -> None:
     parser.add_argument("report", type=pathlib.Path)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--cases", nargs="+", default=list(sanitizer_cases.CASES))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seconds", type=int, default=300, help="at most, of one run")
     args = parser.parse_args()
     devices = _native.cuda_devices()
     is_hopper = any("90" in x["arch"] for x in devices["devices"])
-    runs = _runs(args.cases, ("sm80", "sm90") if is_hopper else ("sm80",))
+    runs = _runs(args.tools, args.cases, ("sm80", "sm90") if is_hopper else ("sm80",))
     with (
         tempfile.TemporaryDirectory() as directory,
         concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,

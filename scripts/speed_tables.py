@@ -11,7 +11,7 @@ import json
 import pathlib
 from typing import Any
 
-from jax_flashattn._bench_report import CELL, Row, is_ours
+from jax_flashattn._bench.report import CELL, Row, is_ours
 
 
 def rate(row: Row) -> str:

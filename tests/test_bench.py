@@ -10,18 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_flashattn import (
-    _bench_cuda,
-    _bench_features,
-    _bench_fp8,
-    _bench_harness,
-    _bench_overhead,
-    _bench_peers,
-    _bench_plain,
-    _bench_report,
-    _bench_serve,
-    _timing,
-)
+from jax_flashattn._bench import cuda, features, fp8, harness, overhead, peers, plain, serve, timing
+from jax_flashattn._bench import report as reports
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import plot_speed
@@ -37,18 +27,18 @@ PROMOTION = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Readings of one call, cells of a few tokens, and only what is part of JAX beside ours."""
-    monkeypatch.setattr(_timing, "QUEUED_SECONDS", 0.0)
-    monkeypatch.setattr(_timing, "PROGRAM_SECONDS", 5e-6)
-    monkeypatch.setattr(_bench_harness, "ROUNDS", 1)
-    monkeypatch.setattr(_bench_plain, "NUM_TOKENS", 64)
-    monkeypatch.setattr(_bench_plain, "HIDDEN", 128)
-    monkeypatch.setattr(_bench_plain, "DTYPES_LENGTH", 32)
-    for module in (_bench_plain, _bench_features):
+    monkeypatch.setattr(timing, "QUEUED_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "PROGRAM_SECONDS", 5e-6)
+    monkeypatch.setattr(harness, "ROUNDS", 1)
+    monkeypatch.setattr(plain, "NUM_TOKENS", 64)
+    monkeypatch.setattr(plain, "HIDDEN", 128)
+    monkeypatch.setattr(plain, "DTYPES_LENGTH", 32)
+    for module in (plain, features):
         monkeypatch.setattr(module, "PACKED_LEN", 100)
-    monkeypatch.setattr(_bench_features, "WINDOW", 8)
-    monkeypatch.setattr(_bench_serve, "COLD_BYTES", 1 << 19)
-    monkeypatch.setattr(_bench_overhead, "BUSY_SIZE", 64)
-    monkeypatch.setattr(_bench_peers, "importable", lambda module: False)
+    monkeypatch.setattr(features, "WINDOW", 8)
+    monkeypatch.setattr(serve, "COLD_BYTES", 1 << 19)
+    monkeypatch.setattr(overhead, "BUSY_SIZE", 64)
+    monkeypatch.setattr(peers, "importable", lambda module: False)
     strict = {name: getattr(jax.config, name) for name in PROMOTION}
     for name, relaxed in PROMOTION.items():  # jax.nn's own code needs it
         jax.config.update(name, relaxed)
@@ -58,9 +48,9 @@ def small(monkeypatch):
 
 
 def measured(groups, path=None):
-    report = _bench_report.Report(path)
+    report = reports.Report(path)
     report.begin("section")
-    _bench_harness.measure(groups, report)
+    harness.measure(groups, report)
     for row in report.rows:
         assert row.keys() >= SCHEMA and row["ms"] > 0
     return report
@@ -71,22 +61,22 @@ def keys(rows):
 
 
 def decode_cell(**more):
-    return _bench_serve._cell("decode", 64, 4, 2, 2, 256, **more)
+    return serve._cell("decode", 64, 4, 2, 2, 256, **more)
 
 
 def test_plain_cells():
-    cell = _bench_plain.cell("grid", 64, 32, True)
-    window = _bench_plain.cell("windows", 64, 32, True, feature="window 4", pairs=150)
+    cell = plain.cell("grid", 64, 32, True)
+    window = plain.cell("windows", 64, 32, True, feature="window 4", pairs=150)
     report = measured(
         [
-            _bench_plain._group(cell, "jax_flashattn"),
-            _bench_plain._group(window, "jax_flashattn", (4, 0)),
-            _bench_plain._packed(64, 4, 2),
-            _bench_plain._half(64, False),
+            plain._group(cell, "jax_flashattn"),
+            plain._group(window, "jax_flashattn", (4, 0)),
+            plain._packed(64, 4, 2),
+            plain._half(64, False),
         ]
     )
     ours, xla = "jax_flashattn", "jax_xla"
-    of_packed = (ours, f"{len(_bench_features.document_lengths())} documents, packed", "bfloat16")
+    of_packed = (ours, f"{len(features.document_lengths())} documents, packed", "bfloat16")
     of_half = [(ours, "plain", dtype) for dtype in ("bfloat16", "float16")]
     expected = []
     for op in ("fwd", "bwd"):
@@ -101,17 +91,17 @@ def test_plain_cells():
 
 
 def test_forced_family_is_compared_with_flash_attention_2(monkeypatch):
-    monkeypatch.setattr(_bench_peers, "importable", lambda module: True)
-    found = _bench_plain.groups("sm80")
+    monkeypatch.setattr(peers, "importable", lambda module: True)
+    found = plain.groups("sm80")
     impls = {entry.impl for group in found for entry in group.entries}
     assert impls == {"jax_flashattn[sm80]", "torch_fa2"}
-    assert {group.cell.seq_q for group in found} == set(_bench_plain.SM80_LENGTHS)
+    assert {group.cell.seq_q for group in found} == set(plain.SM80_LENGTHS)
 
 
 def test_serving_cells():
-    prefill = _bench_serve.prefill_group(16, 112)
-    report = measured([_bench_serve.decode_group(decode_cell()), prefill])
-    pages = [f"pages of {size}" for size in _bench_serve.PAGE_SIZES]
+    prefill = serve.prefill_group(16, 112)
+    report = measured([serve.decode_group(decode_cell()), prefill])
+    pages = [f"pages of {size}" for size in serve.PAGE_SIZES]
     kinds = [("decode", "plain"), *(("paged_decode", x) for x in pages), ("prefill", "plain")]
     kinds += [("prefill", x) for x in pages]
     assert [(row["op"], row["feature"]) for row in report.rows] == kinds
@@ -120,26 +110,26 @@ def test_serving_cells():
 
 
 def test_equal_work_of_mixed_lengths_counts_alike():
-    _equal, mixed = measured([_bench_serve.mixed_group(3, 256)]).rows
+    _equal, mixed = measured([serve.mixed_group(3, 256)]).rows
     assert mixed["over"] == "equal lengths"
     ratio = mixed["gbs"] / _equal["gbs"]
     assert mixed["speed_over"] == pytest.approx(ratio)
 
 
 def test_cold_calls_take_turns_over_copies():
-    group = _bench_serve.cold_group(decode_cell())
+    group = serve.cold_group(decode_cell())
     moved = group.cell.moved
     assert moved is not None
     total = sum(np.prod(x.shape) * x.dtype.itemsize for x in group.shapes[1:])
-    assert total >= _bench_serve.COLD_BYTES > moved
-    functions = _bench_peers.take_turns(lambda q, k, v: (k, v), 2)
+    assert total >= serve.COLD_BYTES > moved
+    functions = peers.take_turns(lambda q, k, v: (k, v), 2)
     assert [f(*"qabcd") for f in functions] == [("a", "b"), ("c", "d")]
     assert keys(measured([group]).rows) == [("decode", "jax_flashattn", "cold L2", "bfloat16")]
 
 
 def test_8_bit_cells():
-    case = _bench_plain.cell("float8", 64, 32, True, dtype="float8_e4m3fn")
-    report = measured([_bench_fp8._group(case), _bench_serve.fp8_group(decode_cell())])
+    case = plain.cell("float8", 64, 32, True, dtype="float8_e4m3fn")
+    report = measured([fp8._group(case), serve.fp8_group(decode_cell())])
     forward = [row for row in report.rows if row["op"] == "fwd"]
     assert [row["feature"] for row in forward] == ["plain", "two_level"]
     # Kernels for 8-bit keys under 16-bit queries may be missing; the rest is timed all the same.
@@ -149,7 +139,7 @@ def test_8_bit_cells():
 
 def test_features_and_overhead():
     report = measured(
-        [_bench_features._group(128, 2, 1e12, 64), *_bench_overhead.groups()],
+        [features._group(128, 2, 1e12, 64), *overhead.groups()],
     )
     packed = next(row for row in report.rows if "packed" in row["feature"])
     base = report.rows[0]
@@ -160,40 +150,38 @@ def test_features_and_overhead():
 
 
 def test_every_section_has_its_cells():
-    cells = [group.cell for make in _bench_cuda.SECTIONS.values() for group in make()]
+    cells = [group.cell for make in cuda.SECTIONS.values() for group in make()]
     assert len(set(map(str, cells))) >= 120
-    assert len(_bench_harness.spread(cells, 5)) == 5
+    assert len(harness.spread(cells, 5)) == 5
 
 
 def test_runs_are_merged_into_a_file_of_the_same_identity(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    groups = [_bench_serve.decode_group(decode_cell())]
-    monkeypatch.setattr(
-        _bench_cuda, "SECTIONS", {"serving": lambda: groups, "other": lambda: groups}
-    )
-    _bench_cuda.run(path, only=["serving"])
-    _bench_cuda.run(path, only=["other"])
-    _bench_cuda.run(path, only=["serving"], limit=1)
+    groups = [serve.decode_group(decode_cell())]
+    monkeypatch.setattr(cuda, "SECTIONS", {"serving": lambda: groups, "other": lambda: groups})
+    cuda.run(path, only=["serving"])
+    cuda.run(path, only=["other"])
+    cuda.run(path, only=["serving"], limit=1)
     report = json.loads(path.read_text())
     runs = [(run["section"], run["run"], run["complete"]) for run in report["runs"]]
     assert runs == [("other", 2, True), ("serving", 3, False)]
     assert {row["run"] for row in report["rows"]} == {2, 3}
-    monkeypatch.setattr(_bench_report, "identity", lambda: {"source_sha256": "another"})
-    _bench_cuda.run(path, only=["other"])
+    monkeypatch.setattr(reports, "identity", lambda: {"source_sha256": "another"})
+    cuda.run(path, only=["other"])
     report = json.loads(path.read_text())
     assert [run["section"] for run in report["runs"]] == ["other"]
     assert report["source_sha256"] == "another"
     with pytest.raises(ValueError, match="must be of plain here, got fp8"):
-        _bench_cuda.run(None, only=["fp8"], family="sm80")
+        cuda.run(None, only=["fp8"], family="sm80")
 
 
 def test_peers_may_be_run_apart(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    cell = _bench_plain.cell("grid", 64, 32, True)
-    groups = [_bench_plain._group(cell, "jax_flashattn"), _bench_serve.cold_group(decode_cell())]
-    monkeypatch.setattr(_bench_cuda, "SECTIONS", {"plain": lambda: groups})
-    _bench_cuda.run(path)
-    _bench_cuda.run(path, peers=["jax_xla"])
+    cell = plain.cell("grid", 64, 32, True)
+    groups = [plain._group(cell, "jax_flashattn"), serve.cold_group(decode_cell())]
+    monkeypatch.setattr(cuda, "SECTIONS", {"plain": lambda: groups})
+    cuda.run(path)
+    cuda.run(path, peers=["jax_xla"])
     rows = json.loads(path.read_text())["rows"]
     assert {row["run"] for row in rows} == {1, 2}
     again = [(row["op"], row["impl"]) for row in rows if row["run"] == 2]
@@ -202,16 +190,16 @@ def test_peers_may_be_run_apart(tmp_path, monkeypatch):
 
 def test_what_fails_is_noted_and_the_rest_timed():
     cell = decode_cell()
-    good = _bench_serve.decode_group(cell)
+    good = serve.decode_group(cell)
     entries = {
         "flash_attn_4": lambda: 1 // 0,
         "torch_fa2": lambda: lambda arrays: {}["no kernel"],
         "torch_cudnn": lambda: lambda arrays: {"decode": lambda: next(iter(()))},
     }
-    bad = [_bench_harness.Entry(impl, build, cell) for impl, build in entries.items()]
+    bad = [harness.Entry(impl, build, cell) for impl, build in entries.items()]
     groups = [
-        _bench_harness.Group(cell, good.shapes, [*bad[:2], *good.entries], good.arrays),
-        _bench_harness.Group(cell, good.shapes, bad[2:], good.arrays),
+        harness.Group(cell, good.shapes, [*bad[:2], *good.entries], good.arrays),
+        harness.Group(cell, good.shapes, bad[2:], good.arrays),
         good,
     ]
     report = measured(groups)
@@ -240,7 +228,7 @@ def made_up():
         row("jax_flashattn", 1024, 300),
         peer("dew_fa3", 1024, 600, ratio=0.5),
     ]
-    summary = _bench_report.summarize(rows)
+    summary = reports.summarize(rows)
     return {"gpu": "H0", "driver": "1", "jax": "2", "date": "3", "rows": rows, "summary": summary}
 
 
@@ -253,13 +241,13 @@ def test_summary():
         2,
     )
     assert found["torch_cudnn"]["geometric_mean"] == pytest.approx(2)
-    line = _bench_report.summary_lines(made_up()["summary"])[0]
+    line = reports.summary_lines(made_up()["summary"])[0]
     assert line.startswith("grid, fwd: jax_flashattn over dew_fa3: 0.791x")
 
 
 def test_queue_is_timed_per_call():
     waited = threading.Event()
-    timer = _timing.queue_timer(lambda: time.sleep(0.01), lambda _: waited.set(), calls=4)
+    timer = timing.queue_timer(lambda: time.sleep(0.01), lambda _: waited.set(), calls=4)
     assert waited.is_set()
     assert 0.002 <= timer() < 0.01
 

@@ -7,30 +7,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-BENCH = {"_bench_harness", "_bench_report", "_timing"}  # what every section is built of
 # Each Python module and the modules of the package that it may import.
 PYTHON = {
     "__init__": {"_api", "_explain", "_kv_cache", "_page_allocator", "_serving", "_spec"},
-    "__main__": {"_bench", "_bench_cuda", "_lowering_cuda", "_native"},
-    "_bench": {"_api", "_bench_features", "_bench_harness", "_bench_report", "_native"},
-    "_bench_cuda": {
-        "_bench_features",
-        "_bench_fp8",
-        "_bench_harness",
-        "_bench_overhead",
-        "_bench_plain",
-        "_bench_report",
-        "_bench_serve",
-    },
-    "_bench_plain": {*BENCH, "_api", "_bench_features", "_bench_peers"},
-    "_bench_serve": {*BENCH, "_api", "_bench_peers", "_kv_cache", "_serving"},
-    "_bench_fp8": {*BENCH, "_api", "_bench_peers", "_bench_plain", "_bench_serve", "_fp8"},
-    "_bench_features": {*BENCH, "_api"},
-    "_bench_overhead": {*BENCH, "_api"},
-    "_bench_peers": {"_bench_harness", "_timing"},
-    "_bench_harness": {"_bench_report", "_timing"},
-    "_bench_report": {"_native"},
-    "_timing": set(),
+    "__main__": {"_bench", "_lowering_cuda", "_native"},
     "_api": {"_prepare", "_reference", "_spec", "_vjp"},
     "_explain": {"_fp8", "_lowering_cuda", "_lowering_serve", "_native", "_prepare", "_spec"},
     "_serving": {"_api", "_kv_cache", "_paged", "_prepare", "_reference", "_spec"},
@@ -69,13 +49,32 @@ PYTHON = {
 }
 
 
+# The benchmarks: what they are built of, then their sections, then what runs those.
+SECTION = {"harness", "report", "timing"}
+BENCH = {
+    "timing": set(),
+    "report": set(),
+    "harness": {"report", "timing"},
+    "peers": {"harness", "timing"},
+    "features": SECTION,
+    "overhead": SECTION,
+    "plain": {*SECTION, "features", "peers"},
+    "serve": {*SECTION, "peers"},
+    "fp8": {*SECTION, "peers", "plain", "serve"},
+    "cpu": {"features", "harness", "report"},
+    "cuda": {"features", "fp8", "harness", "overhead", "plain", "report", "serve"},
+}
+# What they time, as users call it, and what tells which kernels were timed.
+TIMED = {"_api", "_bench", "_fp8", "_kv_cache", "_native", "_serving"}
+
 # What builds upon the package from outside of that order, as users do.
 FLAX = {"_api", "_spec", "flax"}
 
 
-def imports(source: str) -> set[str]:
-    found = set(re.findall(r"from jax_flashattn\.(\w+) import", source))
-    for names in re.findall(r"from jax_flashattn import (\([^)]+\)|.+)", source):
+def imports(source: str, package: str = "") -> set[str]:
+    inside = re.escape(f"jax_flashattn{package}")
+    found = set(re.findall(rf"from {inside}\.(\w+)[\w.]* import", source))
+    for names in re.findall(rf"from {inside} import (\([^)]+\)|.+)", source):
         found |= set(re.findall(r"\w+", names))
     return found
 
@@ -85,6 +84,15 @@ def imports(source: str) -> set[str]:
 )
 def test_python(path):
     assert imports(path.read_text()) <= PYTHON[path.stem] | {path.stem}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jax_flashattn" / "_bench").glob("[!_]*.py")), ids=lambda p: p.stem
+)
+def test_bench(path):
+    source = path.read_text()
+    assert imports(source) <= TIMED
+    assert imports(source, "._bench") <= BENCH[path.stem] | {path.stem}
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_explain_shows_the_schedule():
     assert schedules(*SHAPES, schedule="grid")[0] == "grid"
     ends = dict(cu_seqlens_q=jnp.array([0, 3, 9]), cu_seqlens_kv=jnp.array([0, 5, 8]))
     packed = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in SHAPES]
-    assert schedules(*packed, **ends)[0] == "grid"
-    assert schedules(*packed, **ends, schedule="persistent")[0] == "persistent"
+    assert schedules(*packed, **ends)[0] == "persistent"
+    assert schedules(*packed, **ends, schedule="grid")[0] == "grid"
     assert schedules(*packed, **ends, sm_margin=1)[0] == "persistent"
     found = explain(*SHAPES, **HOPPER, schedule="grid")
     assert "KiB shared memory, grid" in str(found)

@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cc/aux_bits.h"
 #include "cc/cpu/attention.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -66,23 +67,6 @@ class PoolExecutor final : public Executor {
 
  private:
   ffi::ThreadPool pool_;
-};
-
-// Bits of attribute `aux`: AUX_NAMES of _spec.py.
-enum AuxBit : int64_t {
-  kQueryOffset = 1 << 0,
-  kQLengths = 1 << 1,
-  kKvLengths = 1 << 2,
-  kQSegmentIds = 1 << 3,
-  kKvSegmentIds = 1 << 4,
-  kAlibiSlopes = 1 << 5,
-  kSinks = 1 << 6,
-  kCuSeqlensQ = 1 << 7,
-  kCuSeqlensKv = 1 << 8,
-  kPageTable = 1 << 9,
-  kQkScale = 1 << 10,
-  kVScale = 1 << 11,
-  kAllAux = (1 << 12) - 1,
 };
 
 // What all handlers have, in this order.

@@ -8,15 +8,15 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
-//             warpgroup consumes: it owns 64 rows of the tile.
-//             With kFp8 the other three warps convert K and V (keys_fp8_sm90.cuh).
+//             copies of Q, K and V (over pages all lanes, and another warp those of V). With
+//             kFinderWarp its second warp finds the tiles; with kFp8 its other three convert K and
+//             V (keys_fp8_sm90.cuh). Each other warpgroup consumes: it owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
-// Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
-//             product of a tile starts before the last one of the tile before, if there is room
-//             for two Q.
+// Tiles       CTAs stay, and take one tile after the other (TileWalk): in turn, or where tiles
+//             differ who is free takes the next one. With room for two Q there is no gap: the first
+//             product of a tile starts before the last one of the tile before.
 // Shared      kStagesQ buffers of Q, kStages of K and of V, kStages8 of either in 8 bits, each with
 //             a full and an empty mbarrier; the output, if there is room. plan.cc computes the same
 //             sum.
@@ -49,17 +49,15 @@ struct FwdSm90 {
   static constexpr int kConsumers = C::kBlockM / kGroupRows;
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
-  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
-  // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
-  // To convert keys takes more.
-  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged || C::kFp8;
-  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 72
-                                            : kSearches                  ? 56
-                                            : kConsumers < 3             ? 40
-                                            : (C::kSoftcap || C::kAlibi) ? 56
-                                                                         : 32;
-  // Five warpgroups are launched with 96 registers a thread, which is less than all there are.
-  static constexpr int kPool = kConsumers == 4 ? 5 * 96 : 512;
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find blocks of
+  // keys among segments or pages takes more than to walk over all, and to convert keys still more.
+  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3              ? 72
+                                            : C::kSegments || C::kPaged || C::kFp8 ? 56
+                                            : kConsumers < 3                       ? 40
+                                            : (C::kSoftcap || C::kAlibi)           ? 56
+                                                                                   : 32;
+  // As many as the CTA is launched with, in units of 8 a thread; who claims more waits for ever.
+  static constexpr int kPool = (kConsumers + 1) * (512 / (kConsumers + 1) / 8 * 8);
   static constexpr int kConsumerRegisters =
       kConsumers == 1 ? 256 : (kPool - kProducerRegisters) / kConsumers / 8 * 8;
 
@@ -110,12 +108,10 @@ struct FwdSm90 {
                 "blocks that a warpgroup lets pass keep their values until it has passed them all");
   static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
   static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
-  static_assert(kConsumers == 1 || kProducerRegisters + kConsumers * kConsumerRegisters <=
-                                       (kConsumers + 1) * (65536 / (32 * C::kWarps) / 8 * 8),
-                "no warpgroup waits for registers that nobody gives away");
   static_assert(C::kFp8 ? C::kStagesQ == 1 && C::kStages8 >= 1 && C::kStages8 <= 4
                         : C::kStages8 == 0,
                 "queries are converted when a tile begins; notes have room for four");
+  static_assert(!(C::kFp8 && C::kFinderWarp), "the second warp converts");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
@@ -142,17 +138,54 @@ struct FwdSm90 {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
   }
 
-  // --- producer: one warp, of which one lane gives the orders ---------------------------------
+  // --- producers: warps of which one lane gives the orders ------------------------------------
 
   using Copies = CopiesSm90<C>;
   using KeyPlace = typename Copies::KeyPlace;
 
+  // Who finds the CTA's tiles, and hands them over in shared memory: the producer in front of each
+  // tile, or a warp of its own, one or two tiles ahead. That is faster where tiles are short, and
+  // slower where they are long.
+  struct Finder {
+    TileWalk walk;
+    RingTile t;
+    JFA_DEVICE explicit Finder(const FwdSm90Params& params) : walk(params) {}
+
+    // The next tile, or the end: false.
+    JFA_DEVICE bool Put(unsigned char* smem_pointer) {
+      const uint32 smem = SmemAddress(smem_pointer);
+      const bool leader = ReadLaneIndex() == 0;
+      Work* slot = Slot(smem_pointer, t.stage);
+      if constexpr (C::kFinderWarp) {
+        MbarrierWaitIdly(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      } else {
+        MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
+      }
+      // Written at once where it is read, to save registers: by all lanes the same.
+      const bool more = walk.Next(&slot->tile);
+      __syncwarp();
+      if (more) slot->SetRest(walk.params.fwd.problem, leader);
+      if (leader) {
+        if (!more) slot->tile.row0 = -1;
+        MbarrierArrive(Address(smem, kFullTile, t.stage));
+      }
+      __syncwarp();
+      t.Advance();
+      return more;
+    }
+  };
+
+  // All lanes: the tile where it was written, to save registers; null at the end.
+  static JFA_DEVICE const Work* WaitTile(unsigned char* smem_pointer, const RingTile& t) {
+    MbarrierWait(Address(SmemAddress(smem_pointer), kFullTile, t.stage), t.parity);
+    const Work* slot = Slot(smem_pointer, t.stage);
+    return slot->tile.row0 < 0 ? nullptr : slot;
+  }
+
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const ProblemParams& problem = params.fwd.problem;
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
-    TileWalk walk(params);
-    Tile tile;
+    Finder finder(params);
     RingTile t;
     RingQ q;
     Ring k, v;
@@ -183,14 +216,10 @@ struct FwdSm90 {
       }
       values.row = -1;
     };
-    while (walk.Next(&tile)) {
-      Work* slot = Slot(smem_pointer, t.stage);
-      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      __syncwarp();
-      slot->Set(problem, tile, leader);
-      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
-      t.Advance();
-      // From here on the tile is read where it was written, to save registers.
+    while (true) {
+      if constexpr (!C::kFinderWarp) finder.Put(smem_pointer);
+      const Work* slot = WaitTile(smem_pointer, t);
+      if (slot == nullptr) break;
       bool is_first = true;
       Keys keys = slot->keys;
       int block = keys.First();
@@ -219,37 +248,37 @@ struct FwdSm90 {
         block = keys.Next(block);
         place.Set(params, slot->tile, block);
       }
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, t.stage));
+      t.Advance();
     }
     load_values();
-    if (leader) {
-      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      Slot(smem_pointer, t.stage)->tile.row0 = -1;
-      MbarrierArrive(Address(smem, kFullTile, t.stage));
-      if constexpr (C::kFp8) Keys8::End(smem_pointer, either);
+    if constexpr (C::kFp8) {
+      if (leader) Keys8::End(smem_pointer, either);
     }
   }
 
-  // The second warp of a paged call's producers: all values.
+  // Another warp of a paged call: all values.
   static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    TileWalk walk(params);
-    Tile tile;
+    RingTile t;
     Ring v;
-    while (walk.Next(&tile)) {
-      const Mask mask(params.fwd.problem, tile.sequence);
-      const typename Tiles::Ids ids(params.fwd.problem, tile.batch, tile.kv_head);
-      Keys keys = Tiles::KeysOf(tile, mask, ids);
+    while (const Work* slot = WaitTile(smem_pointer, t)) {
+      Keys keys = slot->keys;
       int block = keys.First();
       KeyPlace place;
-      place.Set(params, tile, block);
+      place.Set(params, slot->tile, block);
       while (block >= 0) {
         Copies::template LoadKeys<kPanelsV>(
             params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
             Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
         v.Advance();
         block = keys.Next(block);
-        place.Set(params, tile, block);
+        place.Set(params, slot->tile, block);
       }
+      __syncwarp();
+      Arrive(Address(smem, kEmptyTile, t.stage));
+      t.Advance();
     }
   }
 
@@ -581,7 +610,7 @@ struct FwdSm90 {
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
         MbarrierInit(Address(smem, kFullTile, slot), 1);
-        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers + (kTwoProducers ? 2 : 1));
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), kWriters);
@@ -598,11 +627,16 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) {
+      const int warp = threadIdx.x / kWarpSize;
+      if (warp == 0) {
         Produce(params, smem_pointer);
       } else if constexpr (C::kFp8) {
         Keys8::Convert(smem_pointer);
-      } else if (kTwoProducers && threadIdx.x < 2 * kWarpSize) {
+      } else if (C::kFinderWarp && warp == 1) {
+        Finder finder(params);
+        while (finder.Put(smem_pointer)) {
+        }
+      } else if (kTwoProducers && warp == (C::kFinderWarp ? 2 : 1)) {
         ProduceValues(params, smem_pointer);
       }
     } else {

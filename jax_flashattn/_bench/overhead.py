@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashattn._api import attention
-from jax_flashattn._bench_harness import Cell, Entry, Group
-from jax_flashattn._bench_report import OURS
-from jax_flashattn._timing import (
+from jax_flashattn._bench.harness import Cell, Entry, Group
+from jax_flashattn._bench.report import OURS
+from jax_flashattn._bench.timing import (
     PROGRAM_SECONDS,
     WITHOUT_GRAPHS,
     Build,

@@ -1,6 +1,6 @@
 """Speed on a GPU beside what else is installed, in sections that can be run apart.
 
-Every figure is GPU time (`_timing`). Ours and the peers alternate and the median of the ratios is
+Every figure is GPU time (`timing`). Ours and the peers alternate and the median of the ratios is
 reported, since a hot GPU lowers its clocks by up to a third.
 """
 
@@ -9,22 +9,16 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 
-from jax_flashattn import (
-    _bench_features,
-    _bench_fp8,
-    _bench_overhead,
-    _bench_plain,
-    _bench_serve,
-)
-from jax_flashattn._bench_harness import Group, measure, spread, with_peers
-from jax_flashattn._bench_report import Report
+from jax_flashattn._bench import features, fp8, overhead, plain, serve
+from jax_flashattn._bench.harness import Group, measure, spread, with_peers
+from jax_flashattn._bench.report import Report
 
 SECTIONS: dict[str, Callable[[], list[Group]]] = {
-    "plain": _bench_plain.groups,
-    "serving": _bench_serve.groups,
-    "fp8": _bench_fp8.groups,
-    "features": lambda: _bench_features.groups(heads=_bench_plain.HIDDEN // 128),
-    "overhead": _bench_overhead.groups,
+    "plain": plain.groups,
+    "serving": serve.groups,
+    "fp8": fp8.groups,
+    "features": lambda: features.groups(heads=plain.HIDDEN // 128),
+    "overhead": overhead.groups,
 }
 FAMILIES = ("sm80",)
 
@@ -40,7 +34,7 @@ def run(
     """Runs sections; prints their rows and what they sum up to.
 
     Args:
-      output: the JSON file that rows are added to, or None (`_bench_report.Report`).
+      output: the JSON file that rows are added to, or None (`report.Report`).
       only: names of sections, all by default.
       family: the kernels to force, which then are only compared in the plain cells. To be called
         before any other kernel of the process.
@@ -54,7 +48,7 @@ def run(
     report = Report(output)
     sections = SECTIONS
     if family is not None:
-        sections = {"plain": lambda: _bench_plain.groups(family)}
+        sections = {"plain": lambda: plain.groups(family)}
     names = list(sections) if only is None else only
     for name in names:
         if name not in sections:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashattn._bench_report import OURS, Report, Row, is_ours
-from jax_flashattn._timing import Build, Start, Timer, alternate
+from jax_flashattn._bench.report import OURS, Report, Row, is_ours
+from jax_flashattn._bench.timing import Build, Start, Timer, alternate
 
 ROUNDS = 5
 CELLS_AT_ONCE = 24  # whose programs are compiled before the first of them is timed

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flashattn import _bench_peers
 from jax_flashattn._api import attention
-from jax_flashattn._bench_harness import Cell, Entry, Group
-from jax_flashattn._bench_report import OURS
+from jax_flashattn._bench import peers
+from jax_flashattn._bench.harness import Cell, Entry, Group
+from jax_flashattn._bench.report import OURS
+from jax_flashattn._bench.timing import jax_build
 from jax_flashattn._kv_cache import PagedKVCache
 from jax_flashattn._serving import paged_attention
-from jax_flashattn._timing import jax_build
 
 PAGE_SIZES = (16, 128)
 HEADS = ((32, 8), (64, 8), (32, 32), (128, 1))
@@ -95,16 +95,16 @@ def decode_group(case: Cell) -> Group:
     shapes = case.shapes()
     inputs = [*shapes, *arrays]
     entries = [Entry(OURS, jax_build(attention, shapes, case.seconds, op="decode"), case)]
-    entries += _bench_peers.decode(case)
+    entries += peers.decode(case)
     dense = [inputs[i] for i in (0, 1, 2, 3)] + [arrays[1]]
-    for build in _bench_peers.fa3_kv_cache(case, dense, page_size=0, op="decode"):
+    for build in peers.fa3_kv_cache(case, dense, page_size=0, op="decode"):
         entries.append(Entry("flash_attn3_jax", build, case, inputs=(0, 1, 2, 3, 4)))
     entries = [entry if entry.inputs else replace(entry, inputs=(0, 1, 2)) for entry in entries]
     ours = _paged_entries(_paged_decode(case), inputs, "decode")
     for page_size, entry in zip(PAGE_SIZES, ours, strict=True):
         entries.append(entry)
         given = [inputs[i] for i in entry.inputs or ()]
-        for build in _bench_peers.fa3_kv_cache(entry.cell, given, page_size=page_size, op="decode"):
+        for build in peers.fa3_kv_cache(entry.cell, given, page_size=page_size, op="decode"):
             peer = replace(entry, impl="flash_attn3_jax", build=build, base=entry.key)
             entries.append(replace(peer, name=f"flash_attn3_jax {page_size}"))
     return Group(case, shapes, entries, arrays)
@@ -116,11 +116,9 @@ def cold_group(case: Cell) -> Group:
     case = replace(case, set=f"{case.set}, cold L2", feature="cold L2")
     q, k, v = case.shapes()
     shapes = [q, *[k, v] * copies]
-    functions = _bench_peers.take_turns(attention, copies)
+    functions = peers.take_turns(attention, copies)
     build = jax_build(functions, shapes, case.seconds, op="decode")
-    return Group(
-        case, shapes, [Entry(OURS, build, case), *_bench_peers.decode(case, copies=copies)]
-    )
+    return Group(case, shapes, [Entry(OURS, build, case), *peers.decode(case, copies=copies)])
 
 
 def mixed_group(batch: int = MIXED_BATCH, most: int = MIXED_KEYS) -> Group:

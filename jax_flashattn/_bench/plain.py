@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashattn import _bench_peers
 from jax_flashattn._api import attention, attention_varlen
-from jax_flashattn._bench_features import PACKED_LEN, document_lengths
-from jax_flashattn._bench_harness import Cell, Entry, Group
-from jax_flashattn._bench_report import OURS
-from jax_flashattn._timing import Build, jax_build, queries_for
+from jax_flashattn._bench import peers
+from jax_flashattn._bench.features import PACKED_LEN, document_lengths
+from jax_flashattn._bench.harness import Cell, Entry, Group
+from jax_flashattn._bench.report import OURS
+from jax_flashattn._bench.timing import Build, jax_build, queries_for
 
 NUM_TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1024, 4096, 16384)
@@ -47,7 +47,7 @@ def _group(case: Cell, impl: str, window: tuple[int, int] | None = None) -> Grou
     ours = partial(attention, is_causal=case.causal, local_window_size=window)
     entries = [
         Entry(impl, _build(ours, case, case.shapes()), case, OURS),
-        *_bench_peers.attention(case, window, only=None if impl == OURS else ("torch_fa2",)),
+        *peers.attention(case, window, only=None if impl == OURS else ("torch_fa2",)),
     ]
     return Group(case, _shapes(case), entries)
 
@@ -73,7 +73,7 @@ def _packed(head_dim: int, heads: int, kv_heads: int) -> Group:
     inputs = [*case.shapes(), ends]
     entries = [
         Entry(OURS, _build(ours, case, inputs), case),
-        *_bench_peers.packed(case, inputs, lengths),
+        *peers.packed(case, inputs, lengths),
     ]
     return Group(case, _shapes(case), entries, [ends])
 

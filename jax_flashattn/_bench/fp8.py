@@ -5,12 +5,12 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jax_flashattn import _bench_peers, _bench_plain, _bench_serve
 from jax_flashattn._api import attention
-from jax_flashattn._bench_harness import Cell, Entry, Group
-from jax_flashattn._bench_report import OURS
+from jax_flashattn._bench import peers, plain, serve
+from jax_flashattn._bench.harness import Cell, Entry, Group
+from jax_flashattn._bench.report import OURS
+from jax_flashattn._bench.timing import jax_build, queries_for
 from jax_flashattn._fp8 import ACCUMULATIONS
-from jax_flashattn._timing import jax_build, queries_for
 
 LENGTHS = (1024, 4096, 16384)
 
@@ -32,16 +32,16 @@ def _group(case: Cell) -> Group:
         kind = case if accumulation == "fast" else replace(case, feature=accumulation)
         name = OURS if accumulation == "fast" else accumulation
         entries.append(Entry(OURS, build, kind, name))
-    return Group(case, [*[q] * queries, k, v], [*entries, *_bench_peers.fp8(case, queries)])
+    return Group(case, [*[q] * queries, k, v], [*entries, *peers.fp8(case, queries)])
 
 
 def groups() -> list[Group]:
     """The forward's cells, then decoding."""
     dtype = jnp.dtype(jnp.float8_e4m3fn).name
     cells = [
-        _bench_plain.cell("float8", head_dim, S, causal, dtype=dtype)
-        for head_dim in _bench_plain.HEAD_DIMS
+        plain.cell("float8", head_dim, S, causal, dtype=dtype)
+        for head_dim in plain.HEAD_DIMS
         for causal in (False, True)
         for S in LENGTHS
     ]
-    return [*map(_group, cells), *_bench_serve.fp8_groups()]
+    return [*map(_group, cells), *serve.fp8_groups()]

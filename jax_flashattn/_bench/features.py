@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jax_flashattn._api import attention, attention_varlen
-from jax_flashattn._bench_harness import SPEED, Cell, Entry, Group
-from jax_flashattn._bench_report import OURS
-from jax_flashattn._timing import jax_build
+from jax_flashattn._bench.harness import SPEED, Cell, Entry, Group
+from jax_flashattn._bench.report import OURS
+from jax_flashattn._bench.timing import jax_build
 
 SEQ_LEN, PACKED_LEN = 16384, 32768
 WINDOW = 1024

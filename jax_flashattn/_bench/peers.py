@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashattn._bench_harness import Cell, Entry
-from jax_flashattn._timing import (
+from jax_flashattn._bench.harness import Cell, Entry
+from jax_flashattn._bench.timing import (
     BACKWARD,
     Build,
     Start,

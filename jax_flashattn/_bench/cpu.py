@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 
-from jax_flashattn import _bench_features, _native
+from jax_flashattn import _native
 from jax_flashattn._api import attention
-from jax_flashattn._bench_harness import measure
-from jax_flashattn._bench_report import Report
+from jax_flashattn._bench import features
+from jax_flashattn._bench.harness import measure
+from jax_flashattn._bench.report import Report
 
 Case = tuple[str, int, int, bool]  # dtype, sequence length, head dim, causal
 NUM_HEADS = 8
@@ -117,7 +118,7 @@ def peak_growth(dtype: str, seq_len: int, head_dim: int) -> dict[str, Any]:
 
 def _peak_growth_in_new_process(*args: Any) -> dict[str, Any]:
     script = (
-        "import json; from jax_flashattn._bench import peak_growth;"
+        "import json; from jax_flashattn._bench.cpu import peak_growth;"
         f"print(json.dumps(peak_growth(*{args!r})))"
     )
     done = subprocess.run(
@@ -162,9 +163,9 @@ def run(output: pathlib.Path | None) -> None:
             f"peak growth of forward and backward, {m['dtype']} S={m['seq_len']}: "
             f"{m['growth_bytes'] / 2**20:.0f} MiB, {m['ratio']:.2f}x of inputs and results"
         )
-    features = Report(None)
-    features.begin("features")
-    measure(_bench_features.groups(heads=2, speed=1e11), features)
+    feature_report = Report(None)
+    feature_report.begin("features")
+    measure(features.groups(heads=2, speed=1e11), feature_report)
     if output is not None:
         report = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -175,6 +176,6 @@ def run(output: pathlib.Path | None) -> None:
             "cases": rows,
             "summary": summary,
             "memory": memory,
-            "features": features.rows,
+            "features": feature_report.rows,
         }
         output.write_text(json.dumps(report, indent=1) + "\n")
