@@ -225,7 +225,7 @@ struct FwdSm90 {
     load_values();
   }
 
-  // The second warp of a paged call's producers: all values.
+  // A paged call's other producer: all values.
   static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     RingTile t;
@@ -566,13 +566,14 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) {
+      const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+      if (warp == 0) {
         Produce(params, smem_pointer);
-      } else if (C::kFinderWarp && threadIdx.x < 2 * kWarpSize) {
+      } else if (C::kFinderWarp && warp == 1) {
         Finder finder(params);
         while (finder.Put(smem_pointer)) {
         }
-      } else if (C::kPaged && threadIdx.x < 3 * kWarpSize) {
+      } else if (C::kPaged && warp == 2) {
         ProduceValues(params, smem_pointer);
       }
     } else {
