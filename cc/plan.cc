@@ -97,11 +97,11 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
   AddBool(&fields, "kFinderWarp", tile.finder_warp);
-  // Short and long keys are in the name where they have a kernel of their own.
+  // Short keys are in the name where they have a kernel of their own.
   Variant medium = variant;
   medium.keys = Length::kMedium;
   const bool own = !(tile == PickFwdSm90Tile(common.head_dim, common.head_dim_v, medium));
-  const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
+  const std::string length = own ? "_short" : "";
   KernelSpec kernel = {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
                        fields,         warps * 32,
                        smem,           tile.block_m,
@@ -238,8 +238,7 @@ bool operator==(const Variant& a, const Variant& b) {
 }
 
 Length LengthOf(int64_t kv_len) {
-  if (kv_len == 0) return Length::kMedium;
-  return kv_len <= 1024 ? Length::kShort : kv_len >= 8192 ? Length::kLong : Length::kMedium;
+  return kv_len > 0 && kv_len <= 1024 ? Length::kShort : Length::kMedium;
 }
 
 Plan MakePlan(const Variant& variant, int arch) {

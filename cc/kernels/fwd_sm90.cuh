@@ -9,8 +9,9 @@
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
 //             copies of Q, K and V (over pages all lanes, and another warp those of V). With
-//             kFinderWarp its second warp finds the tiles; with kFp8 its other three convert K and
-//             V (keys_fp8_sm90.cuh). Each other warpgroup consumes: it owns 64 rows of the tile.
+//             kFinderWarp its second warp finds the tiles (fwd_producers_sm90.cuh); with kFp8 its
+//             other three convert K and V (keys_fp8_sm90.cuh). Each other warpgroup consumes: it
+//             owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
@@ -29,7 +30,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
-#include "copies_sm90.cuh"
+#include "fwd_producers_sm90.cuh"
 #include "keys_fp8_sm90.cuh"
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
@@ -117,7 +118,6 @@ struct FwdSm90 {
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
-  using Ring8 = RingPosition<C::kStages8>;
   using Output = typename Results::Output;
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
@@ -129,7 +129,6 @@ struct FwdSm90 {
 
   using Tiles = TilesSm90<C>;
   using Tile = typename Tiles::Tile;
-  using TileWalk = typename Tiles::Walk;
   using Mask = typename Tiles::Mask;
   using Keys = typename Tiles::Keys;
   using Work = typename Tiles::Work;
@@ -138,149 +137,7 @@ struct FwdSm90 {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
   }
 
-  // --- producers: warps of which one lane gives the orders ------------------------------------
-
-  using Copies = CopiesSm90<C>;
-  using KeyPlace = typename Copies::KeyPlace;
-
-  // Who finds the CTA's tiles, and hands them over in shared memory: the producer in front of each
-  // tile, or a warp of its own, one or two tiles ahead. That is faster where tiles are short, and
-  // slower where they are long.
-  struct Finder {
-    TileWalk walk;
-    RingTile t;
-    JFA_DEVICE explicit Finder(const FwdSm90Params& params) : walk(params) {}
-
-    // The next tile, or the end: false.
-    JFA_DEVICE bool Put(unsigned char* smem_pointer) {
-      const uint32 smem = SmemAddress(smem_pointer);
-      const bool leader = ReadLaneIndex() == 0;
-      Work* slot = Slot(smem_pointer, t.stage);
-      if constexpr (C::kFinderWarp) {
-        MbarrierWaitIdly(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      } else {
-        MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      }
-      // Written at once where it is read, to save registers: by all lanes the same.
-      const bool more = walk.Next(&slot->tile);
-      __syncwarp();
-      if (more) slot->SetRest(walk.params.fwd.problem, leader);
-      if (leader) {
-        if (!more) slot->tile.row0 = -1;
-        MbarrierArrive(Address(smem, kFullTile, t.stage));
-      }
-      __syncwarp();
-      t.Advance();
-      return more;
-    }
-  };
-
-  // All lanes: the tile where it was written, to save registers; null at the end.
-  static JFA_DEVICE const Work* WaitTile(unsigned char* smem_pointer, const RingTile& t) {
-    MbarrierWait(Address(SmemAddress(smem_pointer), kFullTile, t.stage), t.parity);
-    const Work* slot = Slot(smem_pointer, t.stage);
-    return slot->tile.row0 < 0 ? nullptr : slot;
-  }
-
-  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
-    Finder finder(params);
-    RingTile t;
-    RingQ q;
-    Ring k, v;
-    Ring8 either;
-    const auto load_keys = [&](const KeyPlace& place) {
-      if constexpr (C::kFp8) {
-        Keys8::LoadKeys(params, smem_pointer, either, place, leader);
-      } else {
-        Copies::template LoadKeys<kPanels>(
-            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
-            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
-        k.Advance();
-      }
-    };
-    // Values are needed one block later than keys, so their copies are ordered one block later.
-    // Over pages another warp does it: each box takes an order.
-    KeyPlace values;
-    [[maybe_unused]] int num_values;
-    const auto load_values = [&] {
-      if (kTwoProducers || values.row < 0) return;
-      if constexpr (C::kFp8) {
-        Keys8::LoadValues(params, smem_pointer, either, values, num_values, leader);
-      } else {
-        Copies::template LoadKeys<kPanelsV>(
-            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-            Address(smem, kEmptyV, v.stage), v.parity, values, leader);
-        v.Advance();
-      }
-      values.row = -1;
-    };
-    while (true) {
-      if constexpr (!C::kFinderWarp) finder.Put(smem_pointer);
-      const Work* slot = WaitTile(smem_pointer, t);
-      if (slot == nullptr) break;
-      bool is_first = true;
-      Keys keys = slot->keys;
-      int block = keys.First();
-      if (block < 0) load_values();  // the consumers first finish what they have
-      KeyPlace place;
-      place.Set(params, slot->tile, block);
-      while (block >= 0) {
-        // A single buffer of Q is free only when all keys of the tile before have been used.
-        if (C::kStagesQ == 1 && is_first) load_values();
-        load_keys(place);
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Copies::template Load<kPanels, kPanelBytesM>(
-                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
-                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
-                kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
-        }
-        load_values();
-        values = place;
-        num_values = slot->tile.sequence.kv_len - block * C::kBlockN;
-        // Pages are looked up a block ahead.
-        block = keys.Next(block);
-        place.Set(params, slot->tile, block);
-      }
-      __syncwarp();
-      Arrive(Address(smem, kEmptyTile, t.stage));
-      t.Advance();
-    }
-    load_values();
-    if constexpr (C::kFp8) {
-      if (leader) Keys8::End(smem_pointer, either);
-    }
-  }
-
-  // Another warp of a paged call: all values.
-  static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    RingTile t;
-    Ring v;
-    while (const Work* slot = WaitTile(smem_pointer, t)) {
-      Keys keys = slot->keys;
-      int block = keys.First();
-      KeyPlace place;
-      place.Set(params, slot->tile, block);
-      while (block >= 0) {
-        Copies::template LoadKeys<kPanelsV>(
-            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-            Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
-        v.Advance();
-        block = keys.Next(block);
-        place.Set(params, slot->tile, block);
-      }
-      __syncwarp();
-      Arrive(Address(smem, kEmptyTile, t.stage));
-      t.Advance();
-    }
-  }
+  using Producers = FwdProducersSm90<C, FwdSm90>;
 
   // --- consumers --------------------------------------------------------------------------------
 
@@ -627,17 +484,17 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      const int warp = threadIdx.x / kWarpSize;
+      const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
       if (warp == 0) {
-        Produce(params, smem_pointer);
+        Producers::Produce(params, smem_pointer);
       } else if constexpr (C::kFp8) {
         Keys8::Convert(smem_pointer);
       } else if (C::kFinderWarp && warp == 1) {
-        Finder finder(params);
+        typename Producers::Finder finder(params);
         while (finder.Put(smem_pointer)) {
         }
-      } else if (kTwoProducers && warp == (C::kFinderWarp ? 2 : 1)) {
-        ProduceValues(params, smem_pointer);
+      } else if (kTwoProducers && warp == 2) {
+        Producers::ProduceValues(params, smem_pointer);
       }
     } else {
       ClaimRegisters<kConsumerRegisters>();
