@@ -182,7 +182,7 @@ def test_hopper_has_a_family_of_its_own(run_python):
     script = """
         from jax_flashattn import _native
         for H in (64, 128):
-            plan = _native.cuda_explain("fwd", "bfloat16", H, H, "full", ["packed"], 90)
+            plan = _native.cuda_explain("fwd", "bfloat16", H, H, "full", ["segments"], 90)
             print(plan["kernels"][0]["file"])
         """
     assert run_python(script, JFA_FORCE_FAMILY="").split() == ["fwd_sm80.cuh", "fwd_sm90.cuh"]
