@@ -79,6 +79,8 @@ class Reader {
   const Tensor& LastArg(size_t after) const { return Last(args_, after); }
   const Tensor& LastRet() const { return Last(rets_, 0); }
 
+  bool HasMoreRets() const { return rets_.size > next_ret_; }
+
   void ExpectEnd() {
     if (args_.size != next_arg_) {
       Fail("expected " + std::to_string(next_arg_) + " operands, got " +
@@ -488,6 +490,11 @@ Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
     ReadOptional(attrs, reader, call);
     call->out = reader.NextRet("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextRet("lse", ElementType::kF32, {B, K, G, T});
+    // Programs exported before there was a counter have none.
+    if (reader.HasMoreRets()) {
+      call->tile_counter = reader.NextRet("tile_counter", ElementType::kS32, {B, K, 1});
+      call->sizes.has_counter = call->tile_counter != nullptr;
+    }
   } else {
     call->out = reader.NextArg("out", dtype, {B, K, G, T, Hv});
     call->lse = reader.NextArg("lse", ElementType::kF32, {B, K, G, T});

@@ -100,7 +100,7 @@ struct Call {
   Problem sizes{};
   void *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse = nullptr;
   void *dout = nullptr, *dlse = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  void *dslopes = nullptr, *scratch = nullptr;
+  void *dslopes = nullptr, *scratch = nullptr, *tile_counter = nullptr;
   int64_t scratch_floats = 0, slope_partials = 0;
   void *query_offset = nullptr, *q_lengths = nullptr, *kv_lengths = nullptr;
   void *q_segment_ids = nullptr, *q_segment_ranges = nullptr;

@@ -221,7 +221,11 @@ Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& 
   const ProblemParams& p = fwd.problem;
   FwdSm90Params params{};
   params.fwd = fwd;
-  params.paired = PairsTiles(kernel, kernels.variant, call.sizes, multiprocessors);
+  if (CountsTiles(kernels.plan, kernels.variant, call.sizes)) {
+    params.counter = static_cast<unsigned*>(call.tile_counter);
+    JFA_RETURN_IF_ERROR(launch::FillBytes(params.counter, 0, sizeof(unsigned), stream));
+  }
+  params.paired = PairsTiles(kernels.plan, kernels.variant, call.sizes, multiprocessors);
   JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
       fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes}, call.q,
       &params.q));

@@ -69,7 +69,7 @@ bool TakesFwdSm90(const Variant& variant, const Common& common, int arch) {
   if (variant.family == Family::kSm90) return true;
   if (variant.schedule == Schedule::kPersistent) return true;  // the only one that has it
   const int size = std::max(common.head_dim, common.head_dim_v);
-  return size > 64 || (size == 64 && !variant.packed && !variant.segments);
+  return size > 64 || (size == 64 && !(variant.packed && variant.paged) && !variant.segments);
 }
 
 KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
@@ -96,11 +96,12 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
-  // Short and long keys are in the name where they have a kernel of their own.
+  AddBool(&fields, "kFinderWarp", tile.finder_warp);
+  // Short keys are in the name where they have a kernel of their own.
   Variant medium = variant;
   medium.keys = Length::kMedium;
   const bool own = !(tile == PickFwdSm90Tile(common.head_dim, common.head_dim_v, medium));
-  const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
+  const std::string length = own ? "_short" : "";
   KernelSpec kernel = {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
                        fields,         warps * 32,
                        smem,           tile.block_m,
@@ -196,6 +197,12 @@ std::string CheckHeadDim(const char* name, int head_dim) {
          std::to_string(head_dim);
 }
 
+bool Flag(const KernelSpec& kernel, const char* name) {
+  return std::any_of(kernel.config.begin(), kernel.config.end(), [&](const auto& field) {
+    return field.first == name && field.second == "true";
+  });
+}
+
 // As NumTiles of kernels/kv_source.cuh.
 int64_t NumTiles(int64_t length, int64_t block, int64_t num_sequences) {
   return num_sequences > 0 ? length / block + num_sequences + 1 : CeilDiv(length, block);
@@ -233,8 +240,7 @@ bool operator==(const Variant& a, const Variant& b) {
 }
 
 Length LengthOf(int64_t kv_len) {
-  if (kv_len == 0) return Length::kMedium;
-  return kv_len <= 1024 ? Length::kShort : kv_len >= 8192 ? Length::kLong : Length::kMedium;
+  return kv_len > 0 && kv_len <= 1024 ? Length::kShort : Length::kMedium;
 }
 
 Plan MakePlan(const Variant& variant, int arch) {
@@ -306,7 +312,7 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
   int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
   if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
     int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
-    if (PairsTiles(kernel, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
+    if (PairsTiles(plan, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
     items *= heads;
     if (StaysOnMultiprocessors(plan, index, variant)) {
       items = std::min<int64_t>(items, multiprocessors);
@@ -334,15 +340,30 @@ bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant)
   if (variant.op == Op::kDecode) return index == 0;
   const std::string& file = plan.kernels[index].file;
   if (file != "fwd_sm90.cuh" && file != kFwdFp8File) return false;
-  // CTAs that stay would share tiles whose lengths nobody knows unevenly.
-  if (variant.schedule == Schedule::kAny) return !variant.packed && !variant.segments;
+  // In turn CTAs that stay would share tiles whose lengths nobody knows unevenly.
+  if (variant.schedule == Schedule::kAny) {
+    return (!variant.packed && !variant.segments) || Flag(plan.kernels[index], "kFinderWarp");
+  }
   return variant.schedule == Schedule::kPersistent;
 }
 
-bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem) {
+  const KernelSpec& kernel = plan.kernels[0];
+  if (!problem.has_counter || kernel.file != "fwd_sm90.cuh" || variant.paged || variant.segments ||
+      !StaysOnMultiprocessors(plan, 0, variant)) {
+    return false;
+  }
+  // Measured. Tiles of a full mask are alike, but take CTAs different times where they are long;
+  // without turns, pairs of tiles are as good.
+  const bool alike = !variant.packed && variant.mask == Mask::kFull;
+  return Flag(kernel, "kFinderWarp") ? !alike : Flag(kernel, "kPingPong");
+}
+
+bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,
                 int multiprocessors) {
+  const KernelSpec& kernel = plan.kernels[0];
   if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
-  if (variant.schedule == Schedule::kGrid) return false;
+  if (variant.schedule == Schedule::kGrid || CountsTiles(plan, variant, problem)) return false;
   const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
   const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
   const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);

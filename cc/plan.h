@@ -25,9 +25,8 @@ enum class Family { kAny, kSm80, kSm90 };
 // the other, no more of them than multiprocessors. kAny is the plan's own choice.
 enum class Schedule { kAny, kGrid, kPersistent };
 
-// What tiles depend on of a dense call's number of keys: up to 1024; from 8192 on; other or
-// unknown.
-enum class Length { kMedium, kShort, kLong };
+// What tiles depend on of a dense call's number of keys: up to 1024, or more or unknown.
+enum class Length { kMedium, kShort };
 Length LengthOf(int64_t kv_len);
 
 // All that changes code, and the schedule, which not every kernel has. Lengths, offsets, window
@@ -102,9 +101,10 @@ struct Problem {
   // Decode only: the room for partial results, which bounds the CTAs, and what one row takes.
   int64_t scratch_floats = 0;
   int64_t head_dim_v = 0;
-  bool alike = false;       // all its sequences have the same lengths
-  int64_t page_size = 0;    // 0: keys aren't in pages
-  int forced_cluster = -1;  // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
+  bool has_counter = false;  // forward only: there is a word of memory to count tiles with
+  bool alike = false;        // all its sequences have the same lengths
+  int64_t page_size = 0;     // 0: keys aren't in pages
+  int forced_cluster = -1;   // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
 };
 
 struct Grid {
@@ -119,8 +119,11 @@ Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem
 // Whether its CTAs stay: kernel `index` of the plan.
 bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant);
 
+// Whether the CTAs that stay take tiles as they get free, by a counter, and not in turn.
+bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem);
+
 // FwdSm90Params::paired: whether a work item is a long row tile and a short one.
-bool PairsTiles(const KernelSpec& kernel, const Variant& variant, const Problem& problem,
+bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,
                 int multiprocessors);
 
 // Key heads of a decode call's tile.

@@ -137,10 +137,13 @@ DqTile PickDqTile(int size, int smem_kb) {
 // has what was measured.
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   const auto fields = [](const FwdSm90Tile& t) {
-    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.stages_8);
+    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.stages_8,
+                    t.finder_warp);
   };
   return fields(a) == fields(b);
 }
+
+namespace {
 
 // With 8-bit keys: buffers for them instead of a second one of queries. Each block is converted
 // once for all rows of a tile, but more rows than 128 compute too much under a mask.
@@ -161,34 +164,42 @@ FwdSm90Tile PickFwdFp8Keys(int head_dim, int head_dim_v, const Variant& variant)
   return {128, size <= 192 && !segments ? 80 : 64, 2, false, 1, 2};
 }
 
-FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
-  if (variant.fp8_kv) return PickFwdFp8Keys(head_dim, head_dim_v, variant);
+FwdSm90Tile PickFwdSm90Shape(int head_dim, int head_dim_v, const Variant& variant) {
   const int size = std::max(head_dim, head_dim_v);
   // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
   // registers, as do other features at the largest head dim.
   const bool segments = variant.segments, full = variant.mask == Mask::kFull;
-  const bool is_short = variant.keys == Length::kShort, is_long = variant.keys == Length::kLong;
-  const bool plain = !segments && !variant.packed && !variant.softcap && !variant.alibi;
+  const bool is_short = variant.keys == Length::kShort;
+  const bool plain = !segments && !variant.softcap && !variant.alibi;
   if (size <= 64) {
-    if (segments || variant.packed) return {128, 128, 2, false};
+    if (segments) return {128, 128, 2, false};
     if (!plain || variant.paged) return {192, 112, 2, true};
     // Lengths of few tiles are multiples of 256 rather than of 192, and four warpgroups hide what a
     // tile's begin and end cost.
-    if (is_short) return {256, 64, 4, full};
+    if (is_short && !variant.packed) return {256, 64, 4, full};
     return {192, 128, 4, true};
   }
   if (size <= 96 && plain && full) return {192, 96, 2, true, 1};
   if (size <= 96) return {128, segments ? 96 : 128, 2, false};
   if (size <= 128) {
-    // More rows read K and V less often: it is the L2 that limits the others.
-    if (is_long && plain && full && !variant.paged && head_dim == head_dim_v) {
-      return {192, 80, 2, true};
-    }
-    const bool one_q = plain && !variant.paged && (is_short || variant.mask == Mask::kCausal);
-    return {128, segments ? 96 : 128, 2, false, one_q ? 1 : 2};
+    if (plain && !variant.paged) return {128, 128, 2, true, 1};
+    return {128, segments ? 96 : 128, 2, false};
   }
   if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
   return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};
+}
+
+}  // namespace
+
+FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
+  if (variant.fp8_kv) return PickFwdFp8Keys(head_dim, head_dim_v, variant);
+  FwdSm90Tile tile = PickFwdSm90Shape(head_dim, head_dim_v, variant);
+  const int size = std::max(head_dim, head_dim_v);
+  // Measured: where tiles are long, or at head dim 256, that warp costs more than it saves.
+  const bool is_short = size > 96 && tile.ping_pong && variant.keys == Length::kShort;
+  tile.finder_warp =
+      !variant.segments && !variant.paged && (size <= 64 || is_short || variant.packed);
+  return tile;
 }
 
 BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope) {

@@ -41,6 +41,7 @@ struct FwdSm90Tile {
   bool ping_pong;
   int stages_q = 2;
   int stages_8 = 0;  // of K or V in 8 bits
+  bool finder_warp = false;
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

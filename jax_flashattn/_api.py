@@ -165,8 +165,8 @@ def attention(
       schedule: how the forward deals out tiles of queries on a GPU: 'grid' starts a CTA for each;
         'persistent', which Hopper's kernels alone have, as many CTAs as multiprocessors, which
         take one after the other. Neither changes a kernel's results. None leaves it to the kernel:
-        persistent on Hopper, but a grid with packed sequences or segments. Decoding calls share out
-        keys in their own way, and ignore it, as do the backward, CPUs and 'xla'.
+        persistent on Hopper, but a grid with segments, and for packed sequences of float8. Decoding
+        calls share out keys in their own way, and ignore it, as do the backward, CPUs and 'xla'.
       sm_margin: so many of a GPU's multiprocessors are left to what runs at the same time, such as
         collectives. For the forward alone, which then is persistent, or decodes; one works in any
         case. 0 by default; ignored like `schedule`.

@@ -209,7 +209,7 @@ def forward(
     B, T, N, _ = q.shape
     K = k.shape[2]
     operands = split_heads(q, K), keys_first(k), keys_first(v), *aux_operands(spec, aux, K)
-    out, lse = _fwd_p.bind(*operands, spec=spec)
+    out, lse, _ = _fwd_p.bind(*operands, spec=spec)
     return merge_heads(out), lse.reshape(B, N, T)
 
 
@@ -248,6 +248,7 @@ def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     return [
         result_aval(q, (B, K, G, T, v.shape[-1]), (0, 1, 2, 3, None), spec.out_dtype or q.dtype),
         result_aval(q, (B, K, G, T), (0, 1, 2, 3), jnp.float32),
+        result_aval(q, (B, K, 1), (0, 1, None), jnp.int32),  # the kernel's counter of tiles
     ]
 
 
@@ -362,7 +363,7 @@ def _lower_fwd(ctx: Any, *operands: Any, spec: AttentionSpec) -> Any:
         ctx,
         operands,
         ["bkgth", "bksh", "bksd"],
-        ["bkgtd", "bkgt"],
+        ["bkgtd", "bkgt", "bkx"],
         spec,
         schedule=np.int64((None, *SCHEDULES).index(spec.schedule)),
         sm_margin=np.int64(spec.sm_margin),

@@ -62,7 +62,7 @@ FP8_KV_FACTORS = {
 
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short|_long)?", symbol)
+    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short)?", symbol)
     if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
@@ -182,7 +182,7 @@ def test_hopper_has_a_family_of_its_own(run_python):
     script = """
         from jax_flashattn import _native
         for H in (64, 128):
-            plan = _native.cuda_explain("fwd", "bfloat16", H, H, "full", ["packed"], 90)
+            plan = _native.cuda_explain("fwd", "bfloat16", H, H, "full", ["segments"], 90)
             print(plan["kernels"][0]["file"])
         """
     assert run_python(script, JFA_FORCE_FAMILY="").split() == ["fwd_sm80.cuh", "fwd_sm90.cuh"]
@@ -312,7 +312,8 @@ def test_clusters_run_at_the_same_time(multiprocessors):
         if cluster > 0:
             assert ctas == B * K * cluster <= multiprocessors
             blocks = -(-S // 64)
-            assert cluster < 2 * blocks and -(-blocks // cluster) <= 32
+            # One CTA alone may have a long tile, where there is a tile for each multiprocessor.
+            assert cluster == 1 or cluster < 2 * blocks and -(-blocks // cluster) <= 32
 
 
 def test_forced_clusters(run_python):

@@ -323,8 +323,9 @@ def test_explain():
     main = "jfa_decode_sm90_bf16_e4m3_d128_full_r16"
     assert symbols(1, 90) == [main, combine, main + "_parts"]
     assert symbols(1, 80, (E5M2, E4M3)) == ["jfa_decode_sm80_bf16_e5m2_e4m3_d128_full_r16", combine]
-    for arch, family in ((80, "sm80"), (89, "sm80"), (90, "sm90")):
-        assert symbols(500, arch) == [f"jfa_fwd_{family}_bf16_e4m3_d128_full"]
+    for arch in (80, 89):
+        assert symbols(500, arch) == ["jfa_fwd_sm80_bf16_e4m3_d128_full"]
+    assert symbols(500, 90) == ["jfa_fwd_sm90_bf16_e4m3_d128_full_short"]
 
 
 def test_two_heads_of_64_share_a_tile():

@@ -109,8 +109,8 @@ def test_explain_shows_the_schedule():
     assert schedules(*SHAPES, schedule="grid")[0] == "grid"
     ends = dict(cu_seqlens_q=jnp.array([0, 3, 9]), cu_seqlens_kv=jnp.array([0, 5, 8]))
     packed = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in SHAPES]
-    assert schedules(*packed, **ends)[0] == "grid"
-    assert schedules(*packed, **ends, schedule="persistent")[0] == "persistent"
+    assert schedules(*packed, **ends)[0] == "persistent"
+    assert schedules(*packed, **ends, schedule="grid")[0] == "grid"
     assert schedules(*packed, **ends, sm_margin=1)[0] == "persistent"
     found = explain(*SHAPES, **HOPPER, schedule="grid")
     assert "KiB shared memory, grid" in str(found)
@@ -157,9 +157,9 @@ def symbol(S, H=64, T=300, **options):
 def test_lengths_choose_tiles_by_class():
     assert symbol(5) == symbol(1024) == "jfa_fwd_sm90_bf16_d64_full_short"
     assert symbol(1025) == symbol(10**6) == "jfa_fwd_sm90_bf16_d64_full"
-    assert symbol(512, H=128, is_causal=True, query_offset=0).endswith("_d128_causal")
-    assert symbol(8191, H=128) == "jfa_fwd_sm90_bf16_d128_full"
-    assert symbol(8192, H=128) == "jfa_fwd_sm90_bf16_d128_full_long"
+    assert symbol(512, H=96, is_causal=True, query_offset=0).endswith("_d96_causal")
+    assert symbol(512, H=128) == "jfa_fwd_sm90_bf16_d128_full_short"
+    assert symbol(8192, H=128) == "jfa_fwd_sm90_bf16_d128_full"
     assert symbol(1000, H=256) == "jfa_fwd_sm90_bf16_d256_full_short"
 
 

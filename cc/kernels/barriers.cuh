@@ -50,6 +50,10 @@ JFA_DEVICE void MbarrierWait(uint32 barrier, uint32 parity) {
   while (!MbarrierTryWait(barrier, parity)) {
   }
 }
+// For what has time: looks once a microsecond, and leaves the issue slots to the other warps.
+JFA_DEVICE void MbarrierWaitIdly(uint32 barrier, uint32 parity) {
+  while (!MbarrierTryWait(barrier, parity)) asm volatile("nanosleep.u32 1000;");
+}
 // For the copy engine (sm_90): makes initialised barriers visible to it; tells how much it brings.
 JFA_DEVICE void FenceMbarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -8,15 +8,16 @@
 //            +-----------------+               +---------+---------+
 //
 // Roles       Warpgroup 0 gives its registers away; its first warp produces: one lane orders TMA
-//             copies of Q, K and V (over pages all lanes, and a second warp those of V). Each other
-//             warpgroup consumes: it owns 64 rows of the tile.
-//             With kFp8 the other three warps convert K and V (keys_fp8_sm90.cuh).
+//             copies of Q, K and V (over pages all lanes, and another warp those of V). With
+//             kFinderWarp its second warp finds the tiles (fwd_producers_sm90.cuh); with kFp8 its
+//             other three convert K and V (keys_fp8_sm90.cuh). Each other warpgroup consumes: it
+//             owns 64 rows of the tile.
 // Overlap     A consumer starts S = Q K^T of a block, then out += P V of the block before, and
 //             computes the block's softmax while the second product still runs. Other consumers
 //             fill what is left; with kPingPong they take turns at starting products.
-// Tiles       CTAs stay, and take one tile after the other (TileWalk) without a gap: the first
-//             product of a tile starts before the last one of the tile before, if there is room
-//             for two Q.
+// Tiles       CTAs stay, and take one tile after the other (TileWalk): in turn, or where tiles
+//             differ who is free takes the next one. With room for two Q there is no gap: the first
+//             product of a tile starts before the last one of the tile before.
 // Shared      kStagesQ buffers of Q, kStages of K and of V, kStages8 of either in 8 bits, each with
 //             a full and an empty mbarrier; the output, if there is room. plan.cc computes the same
 //             sum.
@@ -29,7 +30,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_SM90_CUH_
 
-#include "copies_sm90.cuh"
+#include "fwd_producers_sm90.cuh"
 #include "keys_fp8_sm90.cuh"
 #include "kv_source.cuh"
 #include "ptx_sm90.cuh"
@@ -49,17 +50,15 @@ struct FwdSm90 {
   static constexpr int kConsumers = C::kBlockM / kGroupRows;
   static constexpr int kKeySteps = C::kBlockN / 16;
   static constexpr int kDimSteps = C::kHeadDim / 16;
-  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find its tiles
-  // among sequences or segments, or its pages, a producer needs more than to walk over plain ones.
-  // To convert keys takes more.
-  static constexpr bool kSearches = C::kPacked || C::kSegments || C::kPaged || C::kFp8;
-  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3    ? 72
-                                            : kSearches                  ? 56
-                                            : kConsumers < 3             ? 40
-                                            : (C::kSoftcap || C::kAlibi) ? 56
-                                                                         : 32;
-  // Five warpgroups are launched with 96 registers a thread, which is less than all there are.
-  static constexpr int kPool = kConsumers == 4 ? 5 * 96 : 512;
+  // What one thread may hold: 64 Ki registers, in units of 8, shared out by role. To find blocks of
+  // keys among segments or pages takes more than to walk over all, and to convert keys still more.
+  static constexpr int kProducerRegisters = C::kFp8 && kConsumers < 3              ? 72
+                                            : C::kSegments || C::kPaged || C::kFp8 ? 56
+                                            : kConsumers < 3                       ? 40
+                                            : (C::kSoftcap || C::kAlibi)           ? 56
+                                                                                   : 32;
+  // As many as the CTA is launched with, in units of 8 a thread; who claims more waits for ever.
+  static constexpr int kPool = (kConsumers + 1) * (512 / (kConsumers + 1) / 8 * 8);
   static constexpr int kConsumerRegisters =
       kConsumers == 1 ? 256 : (kPool - kProducerRegisters) / kConsumers / 8 * 8;
 
@@ -110,18 +109,15 @@ struct FwdSm90 {
                 "blocks that a warpgroup lets pass keep their values until it has passed them all");
   static_assert(C::kWarps == 4 * (kConsumers + 1), "one more warpgroup produces");
   static_assert(C::kBlockN % 16 == 0 && C::kBlockN <= 256, "one wgmma spans the key block");
-  static_assert(kConsumers == 1 || kProducerRegisters + kConsumers * kConsumerRegisters <=
-                                       (kConsumers + 1) * (65536 / (32 * C::kWarps) / 8 * 8),
-                "no warpgroup waits for registers that nobody gives away");
   static_assert(C::kFp8 ? C::kStagesQ == 1 && C::kStages8 >= 1 && C::kStages8 <= 4
                         : C::kStages8 == 0,
                 "queries are converted when a tile begins; notes have room for four");
+  static_assert(!(C::kFp8 && C::kFinderWarp), "the second warp converts");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
-  using Ring8 = RingPosition<C::kStages8>;
   using Output = typename Results::Output;
   using Scores = float[1][2 * kKeySteps][4];
   using Weights = uint32[kKeySteps][4];
@@ -133,7 +129,6 @@ struct FwdSm90 {
 
   using Tiles = TilesSm90<C>;
   using Tile = typename Tiles::Tile;
-  using TileWalk = typename Tiles::Walk;
   using Mask = typename Tiles::Mask;
   using Keys = typename Tiles::Keys;
   using Work = typename Tiles::Work;
@@ -142,116 +137,7 @@ struct FwdSm90 {
     return reinterpret_cast<Work*>(smem + kSmemTiles + slot * kSlotBytes);
   }
 
-  // --- producer: one warp, of which one lane gives the orders ---------------------------------
-
-  using Copies = CopiesSm90<C>;
-  using KeyPlace = typename Copies::KeyPlace;
-
-  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const ProblemParams& problem = params.fwd.problem;
-    const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
-    TileWalk walk(params);
-    Tile tile;
-    RingTile t;
-    RingQ q;
-    Ring k, v;
-    Ring8 either;
-    const auto load_keys = [&](const KeyPlace& place) {
-      if constexpr (C::kFp8) {
-        Keys8::LoadKeys(params, smem_pointer, either, place, leader);
-      } else {
-        Copies::template LoadKeys<kPanels>(
-            params, &params.k, smem + kSmemK + k.stage * kBytesK, Address(smem, kFullK, k.stage),
-            Address(smem, kEmptyK, k.stage), k.parity, place, leader);
-        k.Advance();
-      }
-    };
-    // Values are needed one block later than keys, so their copies are ordered one block later.
-    // Over pages another warp does it: each box takes an order.
-    KeyPlace values;
-    [[maybe_unused]] int num_values;
-    const auto load_values = [&] {
-      if (kTwoProducers || values.row < 0) return;
-      if constexpr (C::kFp8) {
-        Keys8::LoadValues(params, smem_pointer, either, values, num_values, leader);
-      } else {
-        Copies::template LoadKeys<kPanelsV>(
-            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-            Address(smem, kEmptyV, v.stage), v.parity, values, leader);
-        v.Advance();
-      }
-      values.row = -1;
-    };
-    while (walk.Next(&tile)) {
-      Work* slot = Slot(smem_pointer, t.stage);
-      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      __syncwarp();
-      slot->Set(problem, tile, leader);
-      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
-      t.Advance();
-      // From here on the tile is read where it was written, to save registers.
-      bool is_first = true;
-      Keys keys = slot->keys;
-      int block = keys.First();
-      if (block < 0) load_values();  // the consumers first finish what they have
-      KeyPlace place;
-      place.Set(params, slot->tile, block);
-      while (block >= 0) {
-        // A single buffer of Q is free only when all keys of the tile before have been used.
-        if (C::kStagesQ == 1 && is_first) load_values();
-        load_keys(place);
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Copies::template Load<kPanels, kPanelBytesM>(
-                &params.q, smem + kSmemQ + q.stage * kBytesQ, Address(smem, kFullQ, q.stage),
-                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
-                kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
-        }
-        load_values();
-        values = place;
-        num_values = slot->tile.sequence.kv_len - block * C::kBlockN;
-        // Pages are looked up a block ahead.
-        block = keys.Next(block);
-        place.Set(params, slot->tile, block);
-      }
-    }
-    load_values();
-    if (leader) {
-      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      Slot(smem_pointer, t.stage)->tile.row0 = -1;
-      MbarrierArrive(Address(smem, kFullTile, t.stage));
-      if constexpr (C::kFp8) Keys8::End(smem_pointer, either);
-    }
-  }
-
-  // The second warp of a paged call's producers: all values.
-  static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    TileWalk walk(params);
-    Tile tile;
-    Ring v;
-    while (walk.Next(&tile)) {
-      const Mask mask(params.fwd.problem, tile.sequence);
-      const typename Tiles::Ids ids(params.fwd.problem, tile.batch, tile.kv_head);
-      Keys keys = Tiles::KeysOf(tile, mask, ids);
-      int block = keys.First();
-      KeyPlace place;
-      place.Set(params, tile, block);
-      while (block >= 0) {
-        Copies::template LoadKeys<kPanelsV>(
-            params, &params.v, smem + kSmemV + v.stage * kBytesV, Address(smem, kFullV, v.stage),
-            Address(smem, kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
-        v.Advance();
-        block = keys.Next(block);
-        place.Set(params, tile, block);
-      }
-    }
-  }
+  using Producers = FwdProducersSm90<C, FwdSm90>;
 
   // --- consumers --------------------------------------------------------------------------------
 
@@ -581,7 +467,7 @@ struct FwdSm90 {
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
         MbarrierInit(Address(smem, kFullTile, slot), 1);
-        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers + (kTwoProducers ? 2 : 1));
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), kWriters);
@@ -598,12 +484,17 @@ struct FwdSm90 {
     __syncthreads();
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
-      if (threadIdx.x < kWarpSize) {
-        Produce(params, smem_pointer);
+      const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+      if (warp == 0) {
+        Producers::Produce(params, smem_pointer);
       } else if constexpr (C::kFp8) {
         Keys8::Convert(smem_pointer);
-      } else if (kTwoProducers && threadIdx.x < 2 * kWarpSize) {
-        ProduceValues(params, smem_pointer);
+      } else if (C::kFinderWarp && warp == 1) {
+        typename Producers::Finder finder(params);
+        while (finder.Put(smem_pointer)) {
+        }
+      } else if (kTwoProducers && warp == 2) {
+        Producers::ProduceValues(params, smem_pointer);
       }
     } else {
       ClaimRegisters<kConsumerRegisters>();

@@ -76,8 +76,9 @@ struct alignas(64) TensorMap {
 struct FwdSm90Params {
   TensorMap q, k, v, out;
   FwdParams fwd;
-  int box_rows;  // of k's and v's boxes: a block of keys, or what of it is surely in one page
-  int paired;    // work items are pairs of row tiles, one from each end of the rows
+  int box_rows;       // of k's and v's boxes: a block of keys, or what of it is surely in one page
+  unsigned* counter;  // of work items that CTAs have taken beside their first; null: in turn
+  int paired;         // work items are pairs of row tiles, one from each end of the rows
 };
 
 struct DecodeParams {

@@ -35,6 +35,17 @@ struct TilesSm90 {
           num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
           item(blockIdx.x) {}
 
+    // All items but the CTAs' first are either taken in turn, or by who is free.
+    JFA_DEVICE void Advance() {
+      if (params.counter == nullptr) {
+        item += gridDim.x;
+        return;
+      }
+      uint32 taken = 0;
+      if (ReadLaneIndex() == 0) taken = atomicAdd(params.counter, 1u);
+      item = gridDim.x + __shfl_sync(kFullWarp, taken, 0);
+    }
+
     JFA_DEVICE uint32 NumHeads() const {
       return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
     }
@@ -57,7 +68,7 @@ struct TilesSm90 {
         }
         const bool last_first = kMask != MaskKind::kFull && !second;
         second = params.paired && !second && item < middles;
-        if (!second) item += gridDim.x;
+        if (!second) Advance();
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
           continue;
         }
@@ -90,14 +101,19 @@ struct TilesSm90 {
     // By a whole warp, whose leader writes; part by part, to save registers.
     JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
       if (leader) tile = t;
-      const Mask new_mask(problem, t.sequence);
+      __syncwarp();
+      SetRest(problem, leader);
+    }
+    // The same where `tile` is there.
+    JFA_DEVICE void SetRest(const ProblemParams& problem, bool leader) {
+      const Mask new_mask(problem, tile.sequence);
       if (leader) mask = new_mask;
-      const Ids new_ids(problem, t.batch, t.kv_head);
+      const Ids new_ids(problem, tile.batch, tile.kv_head);
       if (leader) ids = new_ids;
-      const Keys new_keys = KeysOf(t, new_mask, new_ids);
+      const Keys new_keys = KeysOf(tile, new_mask, new_ids);
       if (leader) keys = new_keys;
       __syncwarp();
-      if (leader) logits = {problem, t.sequence, t.batch, t.head};
+      if (leader) logits = {problem, tile.sequence, tile.batch, tile.head};
       __syncwarp();
     }
   };
