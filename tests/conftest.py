@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
-    if not path:
+    if not path or hasattr(config, "workerinput"):
         return
     from jax_flashattn import _native
 
