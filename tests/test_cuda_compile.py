@@ -313,7 +313,7 @@ def test_clusters_run_at_the_same_time(multiprocessors):
             assert ctas == B * K * cluster <= multiprocessors
             blocks = -(-S // 64)
             # One CTA alone may have a long tile, where there is a tile for each multiprocessor.
-            assert cluster == 1 or cluster < 2 * blocks and -(-blocks // cluster) <= 32
+            assert cluster == 1 or (cluster < 2 * blocks and -(-blocks // cluster) <= 32)
 
 
 def test_forced_clusters(run_python):
