@@ -3,13 +3,13 @@
 // Logical shapes, which layouts map to [batch, token, head, dim] memory:
 //   q, dq [B, K, G, T, H]   k, dk [B, K, S, H]   v, dv [B, K, S, Hv]   out, dout [B, K, G, T, Hv]
 //   lse, dlse f32 [B, K, G, T]
-// forward:  q, k, v, optional arrays -> out, lse
+// forward:  q, k, v, optional arrays -> out, lse, tile_counter s32 [B, K, 1] (programs exported
+//           before there was one have none)
 // backward: q, k, v, out, lse, dout, dlse if given, optional arrays
 //           -> dq, dk, dv, dslopes f32 [B, K, G, SlopePartials()] if asked for,
 //              scratch f32 [B, K, max(1, ScratchFloats())]
 // serve:    q, k, v, optional arrays -> out, lse, scratch f32 [B, K, any]: decoding (attribute
-// `rows`
-//           above 0), or forward over pages.
+//           `rows` above 0), or forward over pages.
 // Paged calls (of serve alone) have k [K, pages, tokens of a page, H], v likewise, and all other
 // arrays with K before B. Layouts keep the memory of both kinds the same; k's and v's may be
 // [pages, tokens, K, H] or, with attribute `heads_first`, [pages, K, tokens, H].

@@ -1,8 +1,9 @@
 """Compiles CUDA kernels for every architecture, without a GPU, and writes docs/kernels.md.
 
-Usage: python scripts/compile_all.py [--product]. Without `--product`: bfloat16, each head dim, mask
-and operation without further features. With it: the full product of all that kernels are compiled
-for, some 17000 variants, which takes hours.
+Usage: python scripts/compile_all.py [--product] [--archs ARCH...]. Without `--product`: bfloat16,
+each head dim, mask and operation without further features. With it: the full product of all that
+kernels are compiled for, some 17000 variants, which takes hours. With `--archs` the rows of other
+architectures stay as they are.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from jax_flashattn import _native
 
 ROOT = pathlib.Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "kernels.md"
 ARCHS = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
@@ -94,16 +96,26 @@ def _rows(variant: tuple) -> list[tuple]:
     ]
 
 
+def _rows_of_others(archs: list[int]) -> list[str]:
+    """The table's lines of architectures that aren't compiled now."""
+    own = tuple(f"| sm_{arch}" for arch in archs)
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    return [line for line in lines if line.startswith("| sm_") and not line.startswith(own)]
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--product", action="store_true", help="every variant there is")
-    variants = _variants(parser.parse_args().product)
+    parser.add_argument("--archs", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
+    args = parser.parse_args()
+    variants = [x for x in _variants(args.product) if x[6] in args.archs]
     rows: set[tuple] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, found in enumerate(pool.map(_rows, variants), 1):
             rows.update(found)
             print(f"\r{done}/{len(variants)} variants", end="", flush=True)
     print(f"\n{len(rows)} kernels, {sum(row[4] > 0 for row in rows)} with a stack")
+    lines_kept = _rows_of_others(args.archs)
     version = _native.nvrtc_version()
     lines = [
         "# Resources of the CUDA kernels",
@@ -114,8 +126,8 @@ def _main() -> None:
         "| arch | kernel | threads | registers | stack, bytes | shared memory, bytes |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {' | '.join(map(str, row))} |" for row in sorted(rows)]
-    (ROOT / "docs" / "kernels.md").write_text("\n".join(lines) + "\n")
+    lines += sorted(lines_kept + [f"| {' | '.join(map(str, row))} |" for row in rows])
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
