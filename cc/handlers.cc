@@ -189,27 +189,19 @@ Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& k
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
   const int block_rows = kernel.box_rows_kv, bytes = kernel.kv_bytes;
   *box_rows = paged ? std::gcd(block_rows, static_cast<int>(call.page_size)) : block_rows;
-  // Of each key a box has 128 bytes. Were the L2 to fetch more, the box of the next 128 would come
-  // while it does, and memory be read twice.
-  const auto fetched = [&](int64_t dim) {
+  // Where a box has several heads, all of them are one row of the map.
+  const int64_t heads_in_row = kernel.box_heads > 1 ? p.num_kv_heads : 1;
+  const int64_t heads = p.num_kv_heads / heads_in_row;
+  const auto encode = [&](const TensorArg& tensor, int64_t dim, TensorMap* map) {
+    // Of each key a box has 128 bytes. Were the L2 to fetch more, the box of the next 128 would
+    // come while it does, and memory be read twice.
     const int64_t row = kernel.box_heads * dim;
-    return once ? std::min<int64_t>(row, 128 / bytes) : row;
-  };
-  if (kernel.box_heads > 1) {  // all heads are one row
-    const int64_t heads = p.num_kv_heads;
-    JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-        fwd.k, {heads * p.head_dim, rows, 1, batch, *box_rows, bytes, fetched(p.head_dim)}, call.q,
-        k));
+    const int64_t fetched = once ? std::min<int64_t>(row, 128 / bytes) : row;
     return launch::EncodeTensorMap(
-        fwd.v, {heads * p.head_dim_v, rows, 1, batch, *box_rows, bytes, fetched(p.head_dim_v)},
-        call.q, v);
-  }
-  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.k, {p.head_dim, rows, p.num_kv_heads, batch, *box_rows, bytes, fetched(p.head_dim)},
-      call.q, k));
-  return launch::EncodeTensorMap(
-      fwd.v, {p.head_dim_v, rows, p.num_kv_heads, batch, *box_rows, bytes, fetched(p.head_dim_v)},
-      call.q, v);
+        tensor, {heads_in_row * dim, rows, heads, batch, *box_rows, bytes, fetched}, call.q, map);
+  };
+  JFA_RETURN_IF_ERROR(encode(fwd.k, p.head_dim, k));
+  return encode(fwd.v, p.head_dim_v, v);
 }
 
 // The Hopper forward wants tensor maps in front.
