@@ -52,6 +52,12 @@ def _copy_kernels(directory: pathlib.Path) -> None:
         (directory / path.name).write_text(text)
 
 
+def _without_places(text: str) -> str:
+    """The output without the folders of the machine that it ran on."""
+    text = text.replace(f"{CASES.parent.parent}/", "")
+    return re.sub(r'"/[^"]*/site-packages/', '"', text)
+
+
 def _run(tool: str, case: str, family: str, work: pathlib.Path, longest_seconds: int) -> dict:
     start = time.monotonic()
     env = {
@@ -80,7 +86,7 @@ def _run(tool: str, case: str, family: str, work: pathlib.Path, longest_seconds:
     result |= {"passed": code == 0 and len(summary) == 1, "code": code, "summary": summary}
     result |= {"calls": output.count("\nran "), "seconds": round(time.monotonic() - start)}
     if not result["passed"]:
-        result["output"] = output[-2000:]
+        result["output"] = _without_places(output)[-2000:]
         print(output[:3000], output[-1000:], flush=True)
     print(*result.values(), flush=True)
     return result
