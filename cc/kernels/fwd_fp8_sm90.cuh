@@ -159,7 +159,7 @@ struct FwdFp8Sm90 {
     RingQ q;
     Ring k;
     RingV v;
-    while (walk.Next(&tile)) {
+    while (walk.template Next<true>(&tile)) {
       tile.sequence.table_row = 0;  // there are no pages; one register less
       Slot* slot = SlotAt(smem_pointer, t.stage);
       Work* work = &slot->work;
