@@ -55,7 +55,7 @@ struct BwdRowsSm90 {
                                        const TensorArg& target, const Work& work, int key,
                                        float factor, int columns) {
     const Sequence& sequence = work.sequence;
-    StoreRow<C::kBf16>(x, half, factor,
+    StoreRow<C::kBf16>(x, half, factor, true,
                        RowPointer(target, work.item.batch, work.item.head, sequence.kv_begin + key),
                        columns, key < sequence.kv_rows);
   }

@@ -197,7 +197,7 @@ struct BwdSm90 {
         }
       }
       if constexpr (C::kDqSums) {
-        Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
+        Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys);
         FenceProxyAsync();
         if (of.head >= 0) NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
         DqPart<kGroup> dq;

@@ -103,9 +103,9 @@ struct BwdTilesSm90 {
       const uint32 full = Address(smem, kFullKv);
       const int row = sequence.kv_begin + work.key0;
       MbarrierArriveExpect(full, kBytesK + kBytesV);
-      LoadPanels<kPanels, kPanelBytesN, kPanelColumns>(smem + kSmemK, &params.maps.k, full, row,
+      LoadPanels<kPanels, kPanelBytesN, kPanelColumns>(&params.maps.k, smem + kSmemK, full, row,
                                                        work.item.head, batch, kL2EvictFirst);
-      LoadPanels<kPanelsV, kPanelBytesN, kPanelColumns>(smem + kSmemV, &params.maps.v, full, row,
+      LoadPanels<kPanelsV, kPanelBytesN, kPanelColumns>(&params.maps.v, smem + kSmemV, full, row,
                                                         work.item.head, batch, kL2EvictFirst);
     }
     Ring ring;
@@ -125,14 +125,12 @@ struct BwdTilesSm90 {
       }
       MbarrierArriveAfterCopies(full_q);
       if (leader) {
-        MbarrierArriveExpect(full_q, kBytesQ);
-        LoadPanels<kPanels, kPanelBytesM, kPanelColumns>(
-            smem + kSmemQ + ring.stage * kBytesQ, &params.maps.q, full_q, sequence.q_begin + row0,
+        LoadTile<kPanels, kPanelBytesM, kPanelColumns>(
+            &params.maps.q, smem + kSmemQ + ring.stage * kBytesQ, full_q, sequence.q_begin + row0,
             step.head, batch, kL2EvictLast);
         MbarrierWait(Address(smem, kEmptyDo, ring.stage), ring.parity ^ 1);
-        MbarrierArriveExpect(full_do, kBytesDo);
-        LoadPanels<kPanelsV, kPanelBytesM, kPanelColumns>(
-            smem + kSmemDo + ring.stage * kBytesDo, &params.maps.dout, full_do,
+        LoadTile<kPanelsV, kPanelBytesM, kPanelColumns>(
+            &params.maps.dout, smem + kSmemDo + ring.stage * kBytesDo, full_do,
             sequence.q_begin + row0, step.head, batch, kL2EvictLast);
       }
       __syncwarp();
@@ -234,14 +232,13 @@ struct BwdTilesSm90 {
     if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
   }
 
-  // A warpgroup's 64 keys, from `first_key` of the panel on, x kRows rows, from `column` on.
+  // A warpgroup's 64 keys, from `first_key` of the panel on, x kRows rows.
   template <int kRows>
-  static JFA_DEVICE void StoreScores(const Fragments<kRows>& x, uint32 panel, int first_key,
-                                     int column) {
-    const uint32 place = StmatrixPlace(panel, first_key);
+  static JFA_DEVICE void StoreScores(const Fragments<kRows>& x, uint32 panel, int first_key) {
+    const uint32 place = StmatrixPlace(panel, first_key, ReadThreadIndex() % kGroupThreads);
 #pragma unroll
     for (int step = 0; step < kRows / 16; ++step) {
-      Stmatrix4(place ^ (step * 32 + column * 2), x[step]);
+      Stmatrix4(place ^ (step * 32), x[step]);
     }
   }
 

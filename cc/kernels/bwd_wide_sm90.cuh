@@ -96,10 +96,12 @@ struct BwdWideSm90 {
     StoreShared16(place, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
   }
-  static JFA_DEVICE float4 Receive(uint32 place) {
-    const uint4 x = LoadShared16(place);
-    return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
-                       __uint_as_float(x.w));
+  static JFA_DEVICE void Receive(float (&x)[4], uint32 place) {
+    const uint4 words = LoadShared16(place);
+    x[0] = __uint_as_float(words.x);
+    x[1] = __uint_as_float(words.y);
+    x[2] = __uint_as_float(words.z);
+    x[3] = __uint_as_float(words.w);
   }
 
   static JFA_DEVICE void WalkDv(const BwdParams& params, uint32 smem,
@@ -213,8 +215,8 @@ struct BwdWideSm90 {
 #pragma unroll
       for (int n = 0; n < kM / 8; ++n) {
         const float2 delta = LoadSharedFloat2(stats + n * 32);
-        const float4 weight = Receive(PlaceOfP(smem, n));
-        const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
+        float weights[4];
+        Receive(weights, PlaceOfP(smem, n));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           dp[0][n][e] = weights[e] * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
@@ -224,8 +226,8 @@ struct BwdWideSm90 {
           }
         }
         if constexpr (kSendsSlope) {
-          const float4 slope = Receive(PlaceOfP(smem, n) + kBytesP);
-          const float slopes[4] = {slope.x, slope.y, slope.z, slope.w};
+          float slopes[4];
+          Receive(slopes, PlaceOfP(smem, n) + kBytesP);
 #pragma unroll
           for (int e = 0; e < 4; ++e) dp[0][n][e] *= slopes[e];
         }
@@ -234,7 +236,7 @@ struct BwdWideSm90 {
       if (next.head < work.head_end) NamedBarrierArrive(kEmptyP, Tiles::kConsumerThreads);
       const uint32 smem_ds = smem + kSmemDs + buffer * kPanelBytesN;
       if constexpr (C::kDqSums) {
-        Tiles::template StoreScores<kM>(ds, smem_ds, 0, 0);
+        Tiles::template StoreScores<kM>(ds, smem_ds, 0);
         FenceProxyAsync();
         NamedBarrierArrive(kFullDs + buffer, Tiles::kConsumerThreads);
       }

@@ -9,12 +9,19 @@ namespace jfa {
 
 // Rows that lie together in memory, by one lane; kColumns elements make a row of a panel.
 template <int kPanels, int kPanelBytes, int kColumns>
-JFA_DEVICE void LoadPanels(uint32 target, const TensorMap* map, uint32 barrier, int row, int head,
+JFA_DEVICE void LoadPanels(const TensorMap* map, uint32 target, uint32 barrier, int row, int head,
                            int batch, uint64 policy) {
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
     TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kColumns, row, head, batch, policy);
   }
+}
+// The same, and all that the engine brings for this phase of the barrier.
+template <int kPanels, int kPanelBytes, int kColumns>
+JFA_DEVICE void LoadTile(const TensorMap* map, uint32 target, uint32 barrier, int row, int head,
+                         int batch, uint64 policy) {
+  MbarrierArriveExpect(barrier, kPanels * kPanelBytes);
+  LoadPanels<kPanels, kPanelBytes, kColumns>(map, target, barrier, row, head, batch, policy);
 }
 
 // Zeros in rows [first, end), by one warpgroup. The copy engine writes zeros for what lies beyond
@@ -32,10 +39,10 @@ JFA_DEVICE void ClearRows(uint32 tile, int first, int end) {
   }
 }
 
-// The place for Stmatrix4 of this lane's row of a warpgroup's 64 x 16 block of 16 bits, whose rows
-// begin at `row0` of a panel. That of the block 16 columns to the right differs by an XOR with 32.
-JFA_DEVICE uint32 StmatrixPlace(uint32 panel, int row0) {
-  const int thread = ReadThreadIndex() % 128, lane = thread % kWarpSize;
+// Where Stmatrix4 writes a warpgroup's 64 x 16 block of 16 bits whose rows begin at `row0` of a
+// panel, for one of its 128 threads. The block 16 columns to the right is at that XOR 32.
+JFA_DEVICE uint32 StmatrixPlace(uint32 panel, int row0, int thread) {
+  const int lane = thread % kWarpSize;
   return panel + (row0 + thread / kWarpSize * 16 + (lane & 15)) * 128 +
          (((lane >> 4) ^ (lane & 7)) << 4);
 }
