@@ -9,7 +9,7 @@ import draws
 import oracle
 import oracle_fp8
 import pages
-from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn import PagedKVCache, attention
 from oracle_fp8 import DTYPES, E4M3
 from test_fp8 import per_head
 from test_fp8_cache import KEYS, QUERIES, make_cache, make_inputs

@@ -3,7 +3,6 @@
 import re
 import textwrap
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 import draws
 import oracle
 import pages
-from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn import PagedKVCache, attention
 
 pytestmark = pytest.mark.gpu
 
