@@ -49,7 +49,7 @@ struct BwdRowsSm90 {
     Publish(group);
   }
 
-  // The row of dK or dV that is `half` of a lane's rows in StoreRow, of `key`, times `factor`.
+  // A lane's row `half` of dK or dV (as in StoreRow), that of `key`, times `factor`.
   template <int kBlocks>
   static JFA_DEVICE void StoreGradient(const float (&x)[1][kBlocks][4], int half,
                                        const TensorArg& target, const Work& work, int key,
