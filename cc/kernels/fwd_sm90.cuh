@@ -375,9 +375,14 @@ struct FwdSm90 {
       k.Advance();
       if (next < 0) Arrive(empty_q);
       MakeLogits(s, *work, logits, block, needs_mask, one_segment);
-      softmax.Follow(s, factor);
-      Weights::Weigh(s, softmax);
-      Weights::Pack(p, s);
+      // As in `step`, to the bit: a tile's result doesn't depend on whether a CTA begins with it.
+      if constexpr (kWeighing == Weighing::kSearched) {
+        softmax.Follow(s, factor);
+        Weights::Weigh(s, softmax);
+        Weights::Pack(p, s);
+      } else {
+        Weights::WeighOptimistically(p, s, softmax, factor, true);
+      }
       skip_hidden_values();
       ClearPadding(problem, *work, block, smem, v, group);
 

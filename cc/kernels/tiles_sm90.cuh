@@ -18,6 +18,10 @@ struct TilesSm90 {
     Sequence sequence;
   };
 
+  // With so few, CTAs on one head's keys are too few to read them together, and they must stay in
+  // the L2: smaller sections (ScheduleWork).
+  static constexpr int kFewRowTiles = 16;
+
   // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
   // long and a short one, all equally long, which CTAs that stay can share evenly; middle tiles,
   // where there is an odd number, come after all pairs. Where items are alike, those of one key
@@ -64,7 +68,8 @@ struct TilesSm90 {
           work = ScheduleWork(
               item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
               static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask);
+              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask,
+              num_row_tiles <= kFewRowTiles ? 256 : 1024);
         } else {
           const int head = item - middles;
           work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
