@@ -11,9 +11,9 @@
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
-constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
-constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
+constexpr int kRowPadding = 128;             // Sequence::kScratchTile
+constexpr int kPreprocessRows = 128;         // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;         // BwdPostprocess::kRows
 constexpr int kTileSlotBytes = 256 + 2 * 8;  // FwdSm90::kSlotBytes and a slot's barriers
 constexpr int kMinArch = 80;
 

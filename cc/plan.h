@@ -25,7 +25,7 @@ enum class Family { kAny, kSm80, kSm90 };
 // the other, no more of them than multiprocessors. kAny is the plan's own choice.
 enum class Schedule { kAny, kGrid, kPersistent };
 
-// What tiles depend on of a dense call's number of keys: up to 1024, up to 4096 or unknown, or more.
+// What tiles depend on of a dense call's number of keys: up to 1024; up to 4096, or unknown; more.
 enum class Length { kShort, kMedium, kLong };
 Length LengthOf(int64_t kv_len);
 

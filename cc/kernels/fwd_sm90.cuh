@@ -118,7 +118,8 @@ struct FwdSm90 {
   // A tile's output may wait in registers until the next tile's second product of scores runs.
   // Where warpgroups take turns, this would make them longer.
   static constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong;
-  static_assert(kTileSlots >= (kStoreLater ? 3 : 2), "a tile's slot is in use until its output is stored");
+  static_assert(kTileSlots >= (kStoreLater ? 3 : 2),
+                "a tile's slot is in use until its output is stored");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
@@ -182,8 +183,8 @@ struct FwdSm90 {
 
   // Whether the mask or the end of the keys hides something of a block from the warpgroup's rows.
   static JFA_DEVICE bool NeedsMask(const Work& work, int group, int block) {
-    return work.mask.template NeedsMask<kGroupRows, C::kBlockN>(
-        work.tile.row0 + group * kGroupRows, block * C::kBlockN);
+    return work.mask.template NeedsMask<kGroupRows, C::kBlockN>(work.tile.row0 + group * kGroupRows,
+                                                                block * C::kBlockN);
   }
 
   // Scores to logits, -inf where a row doesn't see a key.
@@ -267,8 +268,8 @@ struct FwdSm90 {
       Arrive(Address(smem, kEmptyTile, slot));
     };
     int slot = wait_tile(), block = -1;
-    // The tile at hand. With two sets of weights there are no registers for it, and it is read where
-    // it was written.
+    // The tile at hand. With two sets of weights there are no registers for it, and it is read
+    // where it was written.
     constexpr bool kInPlace = kWeighing == Weighing::kDouble;
     Work copy = *Slot(smem_pointer, slot);
     const Work* work = kInPlace ? Slot(smem_pointer, slot) : &copy;
@@ -386,7 +387,7 @@ struct FwdSm90 {
       skip_hidden_values();
       ClearPadding(problem, *work, block, smem, v, group);
 
-      int done;  // slot
+      int done;           // slot
       int unstored = -1;  // slot
       const auto store = [&](int tile_slot) {
         Results::Store(params, smem + kSmemOut, kGroup + group, group,
@@ -400,8 +401,8 @@ struct FwdSm90 {
         unstored = -1;
       };
       // Adds the block before, whose weights are `p`, and weighs the next one: into `next_p` if two
-      // take turns, else into `p`. After a tile's last block that is the first one of the next tile,
-      // if it has any and Q has a second buffer; else false.
+      // take turns, else into `p`. After a tile's last block that is the first one of the next
+      // tile, if it has any and Q has a second buffer; else false.
       const auto step = [&](WeightArray& p, WeightArray& next_p) {
         const bool is_first = next < 0;
         if (is_first) {

@@ -1,12 +1,12 @@
 // From scores to weights of 16 bits, in the registers that the product with V reads them from.
 //
-//   kSearched  looks for each row's largest score first; weighs in place, packs after the product
-//   kSingle    is optimistic: it weighs under the reference at hand and looks at the sums, which the
+//   kSearched  looks for each row's largest score first; weighs in place, packs after the product.
+//   kSingle    is optimistic: it weighs under the reference at hand and looks at the sums, which
 //              softmax wants anyway. Where one is large it takes a new reference and weighs the
 //              block again. Once all rows have seen a key hardly a block needs that, and a maximum
-//              per element is saved. Packs at once, so it waits for the product that reads the
+//              per element is saved. It packs at once, so it waits for the product that reads the
 //              weights of the block before.
-//   kDouble    the same without the wait: two blocks' weights take turns.
+//   kDouble    is the same without the wait: the weights of two blocks take turns.
 #ifndef JAX_FLASHATTN_CC_KERNELS_WEIGHTS_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_WEIGHTS_SM90_CUH_
 
