@@ -58,13 +58,13 @@ int64_t DecodeTiles(const KernelSpec& kernel, const Problem& problem) {
 // 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
 constexpr int64_t kDecodeHeaderWords = 4;
 int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
-  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
+  const int64_t rows = std::min<int64_t>(DecodeRows(kernel, problem), kernel.fields.rows);
   return 4 + 2 * rows * (2 + head_dim_v);
 }
 
 // Of a tile that sees all keys.
 int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
-  return std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  return std::max<int64_t>(CeilDiv(problem.kv_len, kernel.fields.block_n), 1);
 }
 
 // In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
@@ -93,13 +93,12 @@ int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
   // kLongest memory is the limit, and a cluster's CTAs, which can't run anywhere, have less of it.
   constexpr int64_t kLongest = 1024 * 1024, kBytesInTime = 256 * 1024;
   constexpr int64_t kMergeTime = 52;
-  const int64_t block_n = Field(kernel, "kBlockN");
+  const int64_t block_n = kernel.fields.block_n;
   const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
   const int64_t columns = 128 / kernel.kv_bytes;  // of a box
-  const int64_t copies = boxes * std::max(CeilDiv(Field(kernel, "kHeadDim"), columns),
-                                          CeilDiv(Field(kernel, "kHeadDimV"), columns));
-  const int64_t bytes =
-      kernel.kv_bytes * block_n * (Field(kernel, "kHeadDim") + Field(kernel, "kHeadDimV"));
+  const int64_t head_dim = kernel.fields.head_dim, head_dim_v = kernel.fields.head_dim_v;
+  const int64_t copies = boxes * CeilDiv(std::max(head_dim, head_dim_v), columns);
+  const int64_t bytes = kernel.kv_bytes * block_n * (head_dim + head_dim_v);
   const bool is_short =
       longest * bytes <= kLongest && longest * std::max(6 + 3 * bytes / (32 * 1024), copies) <=
                                          kMergeTime + tiles * blocks * bytes / kBytesInTime;
@@ -136,25 +135,22 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
   return {decode, second, parts};
 }
 
-Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int multiprocessors) {
+Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, const DecodeShare& share) {
   const KernelSpec& kernel = plan.kernels[index];
-  const DecodeShare share = ShareDecode(plan, problem, multiprocessors);
   const uint32_t ctas = static_cast<uint32_t>(share.ctas);
   if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
   const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
   const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
-  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
+  const int64_t rows = std::min<int64_t>(DecodeRows(kernel, problem), kernel.fields.rows);
   const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
   return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
 }
 
-int DecodeTileHeads(const KernelSpec& kernel) {
-  return static_cast<int>(Field(kernel, "kTileHeads"));
-}
+int DecodeTileHeads(const KernelSpec& kernel) { return kernel.fields.tile_heads; }
 
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
-  return static_cast<int>(CeilDiv(DecodeRows(kernel, problem), Field(kernel, "kRows")));
+  return static_cast<int>(CeilDiv(DecodeRows(kernel, problem), kernel.fields.rows));
 }
 
 namespace {
@@ -177,7 +173,7 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
   const int64_t ctas =
-      std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
+      std::min({int64_t{multiprocessors} * kernel.fields.min_blocks, tiles * blocks, room});
   if (ctas < tiles) {
     // Whole tiles need no merging: worth a few idle multiprocessors.
     const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
@@ -188,13 +184,13 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
   // merging.
   constexpr int64_t kShort = 32;
   if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
-      Field(kernel, "kRows") == 16) {
+      kernel.fields.rows == 16) {
     return {tiles};
   }
   // Equal parts of tiles need less merging. No more of them than make the longest one shorter, or
   // have more rows of results than keys.
-  const int64_t keys = blocks * Field(kernel, "kBlockN");
-  const int64_t parts = std::min(ctas / tiles, CeilDiv(keys, Field(kernel, "kRows")));
+  const int64_t keys = blocks * kernel.fields.block_n;
+  const int64_t parts = std::min(ctas / tiles, CeilDiv(keys, kernel.fields.rows));
   const int64_t longest = CeilDiv(blocks, parts);
   return {tiles * CeilDiv(blocks, longest)};
 }
