@@ -8,8 +8,8 @@ some minutes. The exit status says whether all runs were clean.
 
 A run in which the tool itself dies is made again in two halves; the report tells the attempts.
 
-The kernels run without `setmaxnreg`: instrumented code has more registers than they are written
-for, and a warp that claims some then waits for ever.
+racecheck doesn't follow a warp whose lanes meet in `__syncwarp` and of which one then arrives at an
+mbarrier: under it all lanes arrive. Other tools have the kernels as they are.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,11 +42,12 @@ MOST_ATTEMPTS = 6
 
 
 def _copy_kernels(directory: pathlib.Path) -> None:
-    """The kernels' sources without `setmaxnreg`."""
-    directory.mkdir()
-    for path in KERNELS.iterdir():
-        text = re.sub(r'asm volatile\("setmaxnreg.*\);', "", path.read_text())
-        (directory / path.name).write_text(text)
+    """The kernels' sources, with arrivals at barriers that racecheck follows."""
+    shutil.copytree(KERNELS, directory)
+    path = directory / "barriers.cuh"
+    text, count = re.subn("kArrivingLanes = 1;", "kArrivingLanes = 32;", path.read_text())
+    assert count == 1
+    path.write_text(text)
 
 
 def _without_places(text: str) -> str:
@@ -116,11 +118,12 @@ class _Sanitizer:
             **os.environ,
             "JFA_FORCE_FAMILY": run.family,
             "JFA_CACHE_DIR": str(self.work / "cache"),
-            "JFA_KERNEL_DIR": str(self.work / "kernels"),
             "JAX_PLATFORMS": "cuda",
             # A buffer for each array, or memcheck doesn't see where one ends.
             "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         }
+        if run.tool == "racecheck":
+            env["JFA_KERNEL_DIR"] = str(self.work / "kernels")
         with self._lock:
             port = next(self._ports)
         command = [self.program, "--tool", run.tool, "--kernel-name", "kns=jfa_"]
