@@ -158,9 +158,14 @@ class _Sanitizer:
 
 
 def _compiled(work: pathlib.Path) -> list[str]:
-    """Names of the kernels that the runs used."""
-    files = (work / "cache").glob("*.jfa")
-    return sorted({re.findall(rb"jfa_\w+", x.read_bytes())[0].decode() for x in files})
+    """Names of the kernels that the runs used: in an entry of the cache behind their length."""
+    names = set()
+    for path in (work / "cache").glob("*.jfa"):
+        entry = path.read_bytes()
+        start = entry.index(b"jfa_")
+        length = int.from_bytes(entry[start - 8 : start], "little")
+        names.add(entry[start : start + length].decode())
+    return sorted(names)
 
 
 def _version(program: str) -> str:

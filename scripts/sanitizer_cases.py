@@ -91,7 +91,7 @@ def fp8(head_dim: int, head_dim_v: int) -> Iterator[Part]:
 def decode(head_dim: int, head_dim_v: int) -> Iterator[Part]:
     """One key head's rows of 16, 32, 64 and 128 a tile, by clusters and by stretches of keys."""
     for tokens, heads, num_keys in (
-        *((1, 4, 3000), (3, 16, 3000), (1, 4, 20000), (3, 16, 20000)),
+        *((1, 4, 3000), (3, 16, 3000), (1, 4, 15000), (3, 16, 15000)),
         *((3, 32, 3000), (2, 128, 3000)),
     ):
         keys = (2, num_keys, 2, head_dim), (2, num_keys, 2, head_dim_v)
