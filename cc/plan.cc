@@ -11,10 +11,10 @@
 namespace jfa {
 namespace {
 
-constexpr int kRowPadding = 128;                   // Sequence::kScratchTile
-constexpr int kPreprocessRows = 128;               // BwdPreprocess::kRows
-constexpr int kPostprocessRows = 32;               // BwdPostprocess::kRows
-constexpr int kTileSlotBytes = 3 * (256 + 2 * 8);  // FwdSm90::kTileSlots and their barriers
+constexpr int kRowPadding = 128;             // Sequence::kScratchTile
+constexpr int kPreprocessRows = 128;         // BwdPreprocess::kRows
+constexpr int kPostprocessRows = 32;         // BwdPostprocess::kRows
+constexpr int kTileSlotBytes = 256 + 2 * 8;  // FwdSm90::kSlotBytes and a slot's barriers
 constexpr int kMinArch = 80;
 
 // Rounds a head dim up to its tile class; 0 if there is none.
@@ -84,7 +84,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
                             tile.stages * (panels + panels_v) * tile.block_n +
                             tile.stages_8 * ((std::max(panels, panels_v) + 1) / 2) * tile.block_n);
   const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages + 2 * tile.stages_8) +
-                       (variant.fp8_kv ? 16 : 0) + kTileSlotBytes;
+                       (variant.fp8_kv ? 16 : 0) + tile.tile_slots * kTileSlotBytes;
   const int output = 128 * panels_v * tile.block_m;
   const bool stage_out = inputs + output + barriers <= smem_kb * 1024;
   const int smem = inputs + (stage_out ? output : 0) + barriers;
@@ -96,12 +96,15 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
   AddBool(&fields, "kPingPong", tile.ping_pong);
+  AddInt(&fields, "kTileSlots", tile.tile_slots);
   AddBool(&fields, "kFinderWarp", tile.finder_warp);
-  // Short keys are in the name where they have a kernel of their own.
+  AddBool(&fields, "kCounted", tile.counted);
+  AddInt(&fields, "kWeighing", static_cast<int>(tile.weighing));
+  // Short and long keys are in the name where they have a kernel of their own.
   Variant medium = variant;
   medium.keys = Length::kMedium;
   const bool own = !(tile == PickFwdSm90Tile(common.head_dim, common.head_dim_v, medium));
-  const std::string length = own ? "_short" : "";
+  const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
   KernelSpec kernel = {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
                        fields,         warps * 32,
                        smem,           tile.block_m,
@@ -210,7 +213,7 @@ void ReadFields(KernelSpec* kernel) {
   };
   kernel->fields = {number("kBlockM"),    number("kBlockN"),  number("kRows"),
                     number("kTileHeads"), number("kHeadDim"), number("kHeadDimV"),
-                    number("kMinBlocks"), flag("kPingPong"),  flag("kFinderWarp")};
+                    number("kMinBlocks"), flag("kCounted"),   flag("kFinderWarp")};
 }
 
 // As NumTiles of kernels/kv_source.cuh.
@@ -250,6 +253,7 @@ bool operator==(const Variant& a, const Variant& b) {
 }
 
 Length LengthOf(int64_t kv_len) {
+  if (kv_len > 4096) return Length::kLong;
   return kv_len > 0 && kv_len <= 1024 ? Length::kShort : Length::kMedium;
 }
 
@@ -326,14 +330,8 @@ namespace {
 
 bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem) {
   const KernelSpec& kernel = plan.kernels[0];
-  if (!problem.has_counter || kernel.file != "fwd_sm90.cuh" || variant.paged || variant.segments ||
-      !StaysOnMultiprocessors(plan, 0, variant)) {
-    return false;
-  }
-  // Measured. Tiles of a full mask are alike, but take CTAs different times where they are long;
-  // without turns, pairs of tiles are as good.
-  const bool alike = !variant.packed && variant.mask == Mask::kFull;
-  return kernel.fields.finder_warp ? !alike : kernel.fields.ping_pong;
+  return problem.has_counter && kernel.file == "fwd_sm90.cuh" && kernel.fields.counted &&
+         StaysOnMultiprocessors(plan, 0, variant);
 }
 
 // Where tiles aren't counted.

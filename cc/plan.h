@@ -25,8 +25,9 @@ enum class Family { kAny, kSm80, kSm90 };
 // the other, no more of them than multiprocessors. kAny is the plan's own choice.
 enum class Schedule { kAny, kGrid, kPersistent };
 
-// What tiles depend on of a dense call's number of keys: up to 1024, or more or unknown.
-enum class Length { kMedium, kShort };
+// What tiles depend on of a dense call's number of keys: up to 1024, up to 4096 or unknown, or
+// more.
+enum class Length { kShort, kMedium, kLong };
 Length LengthOf(int64_t kv_len);
 
 // All that changes code, and the schedule, which not every kernel has. Lengths, offsets, window
@@ -79,7 +80,7 @@ struct KernelSpec {
   // among names takes longer than all else that a call computes.
   struct {
     int block_m, block_n, rows, tile_heads, head_dim, head_dim_v, min_blocks;
-    bool ping_pong, finder_warp;
+    bool counted, finder_warp;
   } fields = {};
 };
 

@@ -137,8 +137,8 @@ DqTile PickDqTile(int size, int smem_kb) {
 // has what was measured.
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   const auto fields = [](const FwdSm90Tile& t) {
-    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.stages_8,
-                    t.finder_warp);
+    return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.weighing,
+                    t.finder_warp, t.tile_slots, t.counted, t.stages_8);
   };
   return fields(a) == fields(b);
 }
@@ -152,54 +152,93 @@ FwdSm90Tile PickFwdFp8Keys(int head_dim, int head_dim_v, const Variant& variant)
   const bool segments = variant.segments, full = variant.mask == Mask::kFull;
   const bool capped = variant.softcap || variant.alibi;
   const bool plain = !segments && !variant.packed && !capped && !variant.paged;
+  const auto tile = [](int block_m, int block_n, bool ping_pong, int stages_8) {
+    FwdSm90Tile result{block_m, block_n, 2, ping_pong, 1};
+    result.stages_8 = stages_8;
+    return result;
+  };
   if (size <= 64) {
-    if (segments || variant.packed) return {128, 128, 2, false, 1, 4};
-    return {192, 112, 2, true, 1, 4};
+    if (segments || variant.packed) return tile(128, 128, false, 4);
+    return tile(192, 112, true, 4);
   }
   if (plain && full && variant.keys != Length::kShort) {
-    if (size <= 96) return {192, 96, 2, true, 1, 4};
-    if (head_dim == 128 && head_dim_v == 128) return {192, 80, 2, true, 1, 4};
+    if (size <= 96) return tile(192, 96, true, 4);
+    if (head_dim == 128 && head_dim_v == 128) return tile(192, 80, true, 4);
   }
-  if (size <= 128) return {128, !segments ? 128 : capped ? 64 : 96, 2, false, 1, 2};
-  return {128, size <= 192 && !segments ? 80 : 64, 2, false, 1, 2};
+  if (size <= 128) return tile(128, !segments ? 128 : capped ? 64 : 96, false, 2);
+  return tile(128, size <= 192 && !segments ? 80 : 64, false, 2);
 }
 
-FwdSm90Tile PickFwdSm90Shape(int head_dim, int head_dim_v, const Variant& variant) {
-  const int size = std::max(head_dim, head_dim_v);
-  // Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
-  // registers, as do other features at the largest head dim.
-  const bool segments = variant.segments, full = variant.mask == Mask::kFull;
+// Segments come in ranges of 32 tokens, of which a block must hold a whole number; and they take
+// registers, as do other features at the largest head dim.
+FwdSm90Tile PickFwdSm90WithFeatures(int size, int head_dim_v, const Variant& variant) {
+  const bool segments = variant.segments, packed = variant.packed;
   const bool is_short = variant.keys == Length::kShort;
-  const bool plain = !segments && !variant.softcap && !variant.alibi;
+  FwdSm90Tile tile{128, 128, 2, false};
   if (size <= 64) {
-    if (segments) return {128, 128, 2, false};
-    if (!plain || variant.paged) return {192, 112, 2, true};
+    if (!segments) tile = {192, 112, 2, true};
+  } else if (size <= 128) {
+    if (segments) tile.block_n = 96;
+  } else if (size <= 192) {
+    tile.block_n = segments ? 96 : head_dim_v <= 128 ? 128 : 112;
+    tile.stages_q = 1;
+  } else {
+    tile.block_n = segments || packed || variant.alibi || is_short ? 64 : 80;
+    tile.stages_q = 1;
+  }
+  tile.finder_warp = !segments && !variant.paged && (size <= 64 || packed);
+  tile.counted = tile.finder_warp && (packed || variant.mask != Mask::kFull);
+  return tile;
+}
+
+// What most calls are: no soft cap, ALiBi, segments or pages.
+FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
+  using W = Weighing;
+  const bool full = variant.mask == Mask::kFull, causal = variant.mask == Mask::kCausal;
+  const bool is_short = variant.keys == Length::kShort, packed = variant.packed;
+  // Where tiles are short and alike, or pairs of them are, taking them in turn needs no memset.
+  const bool counted = packed || !is_short || variant.mask == Mask::kLocal;
+  const bool counted_short = counted && !full;
+  if (size <= 64) {
     // Lengths of few tiles are multiples of 256 rather than of 192, and four warpgroups hide what a
     // tile's begin and end cost.
-    if (is_short && !variant.packed) return {256, 64, 4, full};
-    return {192, 128, 4, true};
+    if (is_short && !packed) return {256, 64, 4, full, 2, W::kSingle, true, 3, counted_short};
+    return {192, 128, 4, true, 2, W::kSingle, packed || !full, 3, true};
   }
-  if (size <= 96 && plain && full) return {192, 96, 2, true, 1};
-  if (size <= 96) return {128, segments ? 96 : 128, 2, false};
+  if (packed) {
+    if (size <= 128) return {128, 128, 2, true, 1, full ? W::kSearched : W::kSingle, true, 3, true};
+    const int block_n = size > 192 ? 64 : head_dim_v <= 128 ? 128 : 112;
+    return {128, block_n, 2, false, 1, W::kSearched, true, 3, true};
+  }
+  if (size <= 96) {
+    if (full) return {192, 96, 2, true, 1, W::kSingle, false, 3, true};
+    return {128, 128, 2, true, 1, W::kDouble, true, 2, counted};
+  }
   if (size <= 128) {
-    if (plain && !variant.paged) return {128, 128, 2, true, 1};
-    return {128, segments ? 96 : 128, 2, false};
+    if (is_short) return {128, 128, 2, true, 1, W::kSingle, true, 3, counted_short};
+    // Tiles of few blocks gain by a second Q, with the next tile's first product under the end of
+    // this one.
+    const bool few_blocks = !full && (!causal || variant.keys == Length::kMedium);
+    if (few_blocks) return {128, 128, 2, false, 2, W::kDouble, true, 3, true};
+    return {128, 128, 2, false, 1, W::kDouble, true, 2, true};
   }
-  if (size <= 192) return {128, segments ? 96 : head_dim_v <= 128 ? 128 : 112, 2, false, 1};
-  return {128, segments || variant.packed || variant.alibi || is_short ? 64 : 80, 2, false, 1};
+  if (size <= 192) {
+    const int block_n = head_dim_v <= 128 ? 128 : 112;
+    if (full || is_short) return {128, block_n, 2, false, 1};
+    return {128, block_n, 2, false, 1, W::kSearched, true, 2, true};
+  }
+  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, 2, false};
 }
 
 }  // namespace
 
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
   if (variant.fp8_kv) return PickFwdFp8Keys(head_dim, head_dim_v, variant);
-  FwdSm90Tile tile = PickFwdSm90Shape(head_dim, head_dim_v, variant);
   const int size = std::max(head_dim, head_dim_v);
-  // Measured: where tiles are long, or at head dim 256, that warp costs more than it saves.
-  const bool is_short = size > 96 && tile.ping_pong && variant.keys == Length::kShort;
-  tile.finder_warp =
-      !variant.segments && !variant.paged && (size <= 64 || is_short || variant.packed);
-  return tile;
+  if (variant.segments || variant.softcap || variant.alibi || variant.paged) {
+    return PickFwdSm90WithFeatures(size, head_dim_v, variant);
+  }
+  return PickPlainFwdSm90(size, head_dim_v, variant);
 }
 
 BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope) {

@@ -36,12 +36,20 @@ struct DqTile {
 
 DqTile PickDqTile(int size, int smem_kb);
 
+// How scores become weights; Config::kWeighing of weights_sm90.cuh.
+enum class Weighing { kSearched, kSingle, kDouble };
+
 struct FwdSm90Tile {
   int block_m, block_n, stages;
   bool ping_pong;
   int stages_q = 2;
-  int stages_8 = 0;  // of K or V in 8 bits
+  Weighing weighing = Weighing::kSearched;
+  // Who finds the CTAs' next tiles: the producer, or a warp of its own, which may be ahead by one
+  // slot less than there are.
   bool finder_warp = false;
+  int tile_slots = 3;
+  bool counted = false;  // tiles go to who is free, not in turn
+  int stages_8 = 0;      // of K or V in 8 bits
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

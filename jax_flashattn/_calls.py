@@ -3,25 +3,41 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jax_flashattn._sharding import result_aval
-from jax_flashattn._spec import AUX_NAMES, AttentionSpec, Dims
+from jax_flashattn._spec import AUX_NAMES, AttentionSpec
 
 # The class has a public name in jax.extend.core, but importing jax.extend imports Pallas, which
 # takes longer than all of this package.
 Primitive: Any = type(lax.add_p)
 
 
-def forward_avals(q: Any, k: Any, v: Any, out_dtype: str | None = None) -> list[Any]:
-    """Types of `out [B, T, N, Hv]`, of q's dtype unless given, and `lse [B, N, T]`."""
-    d = Dims.of(q, k, v)
+def forward_avals(q: Any, v: Any, out_dtype: str | None = None) -> list[Any]:
+    """Types of `out [B, T, N, Hv]`, of q's dtype unless given, and `lse [B, N, T]`.
+
+    v may be pages: its last axis alone counts.
+    """
+    B, T, N, _ = q.shape
     return [
-        result_aval(q, (d.B, d.T, d.N, d.Hv), (0, 1, 2, None), out_dtype or q.dtype),
-        result_aval(q, (d.B, d.N, d.T), (0, 2, 1), jnp.float32),
+        result_aval(q, (B, T, N, v.shape[-1]), (0, 1, 2, None), out_dtype or q.dtype),
+        result_aval(q, (B, N, T), (0, 2, 1), jnp.float32),
     ]
+
+
+def mapped_size(args: Sequence[Any], dims: Sequence[Any]) -> int:
+    """The size of the axis that a batching rule is to map."""
+    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if isinstance(d, int))
+
+
+def mapped_first(x: Any, dim: Any, size: int) -> jax.Array:
+    """An operand of a batching rule with the mapped axis in front, repeated if it has none."""
+    if isinstance(dim, int):
+        return jnp.moveaxis(x, dim, 0)
+    return jnp.broadcast_to(x, (size, *x.shape))
 
 
 def num_sequences(spec: AttentionSpec, aux: Sequence[Any]) -> int:

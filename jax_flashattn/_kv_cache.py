@@ -222,12 +222,7 @@ class PagedKVCache:
         if packed:
             if num_tokens is not None:
                 raise ValueError("num_tokens must be left out with cu_seqlens, which says the same")
-            ends = _prepare.boundaries("cu_seqlens", cu_seqlens, (), k.shape[0])
-            if ends.shape != (B + 1,):
-                raise ValueError(
-                    f"cu_seqlens must have shape ({B + 1},), one more than the sequences of the "
-                    f"cache, got {ends.shape}"
-                )
+            ends = _prepare.boundaries_in_cache("cu_seqlens", cu_seqlens, B, k.shape[0])
             count = jnp.diff(ends)
             tokens, _ = _reference.tokens(k.shape[0], 0, {"cu_seqlens_q": ends[None]})
             index, exists = tokens.position[0], tokens.exists[0]

@@ -58,7 +58,7 @@ def backward(
 
 @_fwd_p.def_abstract_eval
 def _(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
-    return forward_avals(q, k, v)
+    return forward_avals(q, v)
 
 
 @_bwd_p.def_abstract_eval
@@ -138,11 +138,7 @@ def paged_forward(
 
 @_paged_p.def_abstract_eval
 def _(q: Any, k_pages: Any, v_pages: Any, *aux: Any, spec: AttentionSpec, layout: str) -> list[Any]:
-    B, T, N, _ = q.shape
-    return [
-        result_aval(q, (B, T, N, v_pages.shape[-1]), (0, 1, 2, None), q.dtype),
-        result_aval(q, (B, N, T), (0, 2, 1), jnp.float32),
-    ]
+    return forward_avals(q, v_pages)
 
 
 def _lower_paged(ctx: Any, *operands: Any, spec: AttentionSpec, layout: str) -> Any:

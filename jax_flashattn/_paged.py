@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_flashattn import _lowering
-from jax_flashattn._calls import Primitive
-from jax_flashattn._sharding import result_aval, to_common_vma
+from jax_flashattn._calls import Primitive, forward_avals, mapped_first, mapped_size
+from jax_flashattn._sharding import to_common_vma
 from jax_flashattn._spec import AttentionSpec, UnsupportedError
 
 paged_p = Primitive("paged_attention")
@@ -39,30 +39,25 @@ def attention(
 
 @paged_p.def_abstract_eval
 def _(q: Any, k_pages: Any, v_pages: Any, *aux: Any, spec: AttentionSpec, layout: str) -> list[Any]:
-    B, T, N, _ = q.shape
-    return [
-        result_aval(q, (B, T, N, v_pages.shape[-1]), (0, 1, 2, None), q.dtype),
-        result_aval(q, (B, N, T), (0, 2, 1), jnp.float32),
-    ]
+    return forward_avals(q, v_pages)
 
 
 def _batch(
     args: Sequence[Any], dims: Sequence[Any], *, spec: AttentionSpec, layout: str
 ) -> tuple[list[jax.Array], list[int]]:
     """A mapped axis becomes part of B. Mapped pools become one, whose pages count on."""
-    dims = [d if isinstance(d, int) else None for d in dims]
-    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    size = mapped_size(args, dims)
 
-    def lead(x: jax.Array, dim: int | None) -> jax.Array:
-        return jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    def lead(i: int) -> jax.Array:
+        return mapped_first(args[i], dims[i], size)
 
     def fold(x: jax.Array) -> jax.Array:
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
+    q, *aux = (lead(i) for i in (0, *range(3, len(args))))
     k_pages, v_pages = args[1:3]
-    q, *aux = (lead(x, d) for x, d in zip((args[0], *args[3:]), (dims[0], *dims[3:]), strict=True))
-    if dims[1] is not None or dims[2] is not None:
-        k_pages, v_pages = (lead(x, d) for x, d in zip(args[1:3], dims[1:3], strict=True))
+    if any(isinstance(d, int) for d in dims[1:3]):
+        k_pages, v_pages = lead(1), lead(2)
         num_pages = k_pages.shape[1]
         place = spec.aux.index("page_table")
         first = jnp.arange(size, dtype=jnp.int32) * num_pages

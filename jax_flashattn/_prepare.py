@@ -139,13 +139,8 @@ def paged(
             raise ValueError(
                 "query_seq_lengths must be left out with cu_seqlens_q, which says the same"
             )
-        aux["cu_seqlens_q"] = ends = boundaries("cu_seqlens_q", cu_seqlens_q, (), T)
-        if ends.shape[0] != num_sequences + 1:
-            raise ValueError(
-                f"cu_seqlens_q must have shape ({num_sequences + 1},), one more than the "
-                f"sequences of the cache, got {ends.shape}"
-            )
-        q_lengths = jnp.diff(ends)
+        ends = boundaries_in_cache("cu_seqlens_q", cu_seqlens_q, num_sequences, T)
+        aux["cu_seqlens_q"], q_lengths = ends, jnp.diff(ends)
     elif query_seq_lengths is not None:
         q_lengths = _spec.int32_per_sequence(
             "query_seq_lengths", query_seq_lengths, (num_sequences,)
@@ -363,3 +358,14 @@ def boundaries(name: str, x: Any, batch: tuple[int, ...], total: int) -> jax.Arr
     )
     x = lax.cummax(jnp.clip(x, 0, total).at[..., 0].set(0), axis=x.ndim - 1)
     return jnp.broadcast_to(x, shape)
+
+
+def boundaries_in_cache(name: str, x: Any, num_sequences: int, total: int) -> jax.Array:
+    """Where the tokens of a cache's sequences begin and end: int32 `[num_sequences + 1]`."""
+    ends = boundaries(name, x, (), total)
+    if ends.shape[0] != num_sequences + 1:
+        raise ValueError(
+            f"{name} must have shape ({num_sequences + 1},), one more than the sequences of the "
+            f"cache, got {ends.shape}"
+        )
+    return ends

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_flashattn import _explicit, _lowering
-from jax_flashattn._calls import Primitive, forward_avals
+from jax_flashattn._calls import Primitive, forward_avals, mapped_first, mapped_size
 from jax_flashattn._sharding import result_aval
 from jax_flashattn._spec import PER_HEAD_AUX, AttentionSpec, UnsupportedError
 
@@ -36,13 +36,13 @@ for _p in (fwd_p, tangent_p, bwd_p):
 
 def _fwd_abstract(q: Any, k: Any, v: Any, *aux: Any, spec: AttentionSpec) -> list[Any]:
     _explicit.check(q, k, v)
-    return forward_avals(q, k, v, spec.out_dtype)
+    return forward_avals(q, v, spec.out_dtype)
 
 
 def _tangent_abstract(
     q: Any, k: Any, v: Any, *rest: Any, spec: AttentionSpec, wrt: tuple[str, ...]
 ) -> list[Any]:
-    return forward_avals(q, k, v)
+    return forward_avals(q, v)
 
 
 def _bwd_abstract(
@@ -63,17 +63,9 @@ bwd_p.def_abstract_eval(_bwd_abstract)
 # Batching: a mapped axis becomes part of B, or of the heads when only the queries are mapped.
 
 
-def _mapped_size(args: Sequence[Any], dims: Sequence[int | None]) -> int:
-    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-
-
 def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
-    dims = [d if isinstance(d, int) else None for d in dims]
-    size = _mapped_size(args, dims)
-    stacked = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
-        for x, d in zip(args, dims, strict=True)
-    ]
+    size = mapped_size(args, dims)
+    stacked = [mapped_first(x, d, size) for x, d in zip(args, dims, strict=True)]
     # Of two axes that become one, explicit mode wants a sharded one to be the first.
     mapped = 1 if any(_explicit.is_sharded(x, 1) for x in stacked) else 0
     stacked = [jnp.moveaxis(x, 0, mapped) for x in stacked]

@@ -103,6 +103,25 @@ def check(q, k, v, lengths, cache: PagedKVCache, *, cu_seqlens_q=None, **options
         assert_close(x[None] if packed else x, reference, low, dtype=q.dtype, what=name)
 
 
+@partial(jax.jit, donate_argnums=0)
+def generate(cache: PagedKVCache, q, k, v) -> tuple[PagedKVCache, jax.Array]:
+    """Appends and attends token by token, in one program that takes the cache's memory."""
+
+    def step(cache, token):
+        q, k, v = (x[:, None] for x in token)
+        cache = cache.append(k, v)
+        return cache, paged_attention(q, cache)[:, 0]
+
+    cache, out = jax.lax.scan(step, cache, tuple(x.swapaxes(0, 1) for x in (q, k, v)))
+    return cache, out.swapaxes(0, 1)
+
+
+def check_generated(out: Any, expected: Any) -> None:
+    """Compares bfloat16 outputs around 1: an ulp or two."""
+    difference = np.asarray(out, np.float32) - np.asarray(expected, np.float32)
+    assert np.abs(difference).max() < 2**-6
+
+
 def check_clamped(q, k, v, **options) -> None:
     """Page numbers and lengths of any value give what those clamped into range give, bit by bit.
 

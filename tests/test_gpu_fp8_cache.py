@@ -9,7 +9,7 @@ import draws
 import oracle
 import oracle_fp8
 import pages
-from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn import PagedKVCache, attention
 from oracle_fp8 import DTYPES, E4M3
 from test_fp8 import per_head
 from test_fp8_cache import KEYS, QUERIES, make_cache, make_inputs
@@ -193,15 +193,7 @@ def test_generation_in_a_scan():
         jnp.asarray(x) for x in oracle.make_inputs(9, 3, 30, 30, 4, 2, 16, 16, jnp.bfloat16)[:3]
     )
     cache = make_cache(k_scale=0.25, v_scale=0.5)
-
-    def step(cache, token):
-        q, k, v = (x[:, None] for x in token)
-        cache = cache.append(k, v)
-        return cache, paged_attention(q, cache)[:, 0]
-
-    steps = tuple(x.swapaxes(0, 1) for x in (q, k, v))
-    _, out = jax.jit(lambda cache: jax.lax.scan(step, cache, steps), donate_argnums=0)(cache)
+    _, out = pages.generate(cache, q, k, v)
     k8, v8 = (4 * k).astype(E4M3), (2 * v).astype(E4M3)
     expected = attention(q, k8, v8, is_causal=True, k_scale=0.25, v_scale=0.5)
-    difference = np.asarray(out.swapaxes(0, 1), np.float32) - np.asarray(expected, np.float32)
-    assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1
+    pages.check_generated(out, expected)

@@ -3,7 +3,6 @@
 import re
 import textwrap
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 import draws
 import oracle
 import pages
-from jax_flashattn import PagedKVCache, attention, paged_attention
+from jax_flashattn import PagedKVCache, attention
 
 pytestmark = pytest.mark.gpu
 
@@ -197,17 +196,9 @@ def test_generation_in_a_scan():
     )
     table = np.random.default_rng(0).permutation(15).reshape(B, 5)
     cache = PagedKVCache(cache.k_pages, cache.v_pages, jnp.asarray(table, jnp.int32), cache.lengths)
-
-    def step(cache, token):
-        q, k, v = (x[:, None] for x in token)
-        cache = cache.append(k, v)
-        return cache, paged_attention(q, cache)[:, 0]
-
-    steps = tuple(x.swapaxes(0, 1) for x in (q, k, v))
-    _, out = jax.jit(lambda cache: jax.lax.scan(step, cache, steps), donate_argnums=0)(cache)
+    _, out = pages.generate(cache, q, k, v)
     expected = attention(q, k, v, is_causal=True)
-    difference = np.asarray(out.swapaxes(0, 1), np.float32) - np.asarray(expected, np.float32)
-    assert np.abs(difference).max() < 2**-6  # an ulp or two of bfloat16 at 1
+    pages.check_generated(out, expected)
 
 
 @pytest.mark.parametrize("S", [700, 30000], ids=["a cluster", "two kernels"])

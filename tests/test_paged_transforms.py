@@ -92,20 +92,12 @@ def test_vmap_of_append():
 
 def test_scan_over_tokens():
     """Decoding as a loop on the device, with the cache as carry."""
-    _, k, v, _, _ = oracle.make_inputs(0, 2, 12, 12, 4, 2, 8, 8, jnp.float32)
-    q = oracle.make_inputs(0, 2, 12, 12, 4, 2, 8, 8, jnp.float32)[0]
+    q, k, v, _, _ = oracle.make_inputs(0, 2, 12, 12, 4, 2, 8, 8, jnp.float32)
     cache = pages.make_cache(k, v, [12, 12], page_size=8)
     start = dataclasses.replace(cache, lengths=jnp.zeros(2, jnp.int32))
-
-    def step(cache, token):
-        q, k, v = token
-        cache = cache.append(k[:, None], v[:, None])
-        return cache, paged_attention(q[:, None], cache)[:, 0]
-
-    time_first = [jnp.asarray(x).swapaxes(0, 1) for x in (q, k, v)]
-    cache, out = jax.jit(lambda *x: jax.lax.scan(step, *x))(start, time_first)
+    cache, out = pages.generate(start, q, k, v)
     np.testing.assert_array_equal(cache.lengths, [12, 12])
-    assert_same(out.swapaxes(0, 1), paged_attention(jnp.asarray(q), cache))
+    assert_same(out, paged_attention(jnp.asarray(q), cache))
 
 
 @pytest.mark.parametrize("wrt", ["q", "pages"])

@@ -28,19 +28,19 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_BWD_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_BWD_SM90_CUH_
 
+#include "bwd_rows_sm90.cuh"
 #include "bwd_tiles_sm90.cuh"
-#include "row_pieces_sm90.cuh"
 
 namespace jfa {
 
 template <class C>
 struct BwdSm90 {
   using Tiles = BwdTilesSm90<C, 2>;
+  using Rows = BwdRowsSm90<C, Tiles>;
   static constexpr int kM = C::kBlockM, kN = C::kBlockN;
-  static constexpr int kGroupKeys = 64;  // of one warpgroup: M of wgmma
+  static constexpr int kGroupKeys = Rows::kGroupKeys;
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
-  static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
   // A warpgroup's columns of dQ are in one panel: half of them, or one warpgroup has a panel and
   // the other the rest. Then each has code of its own, else kGroup is -1; and a turn ends after dK,
   // not after dQ (8% faster at head dim 96, 4% slower at 128).
@@ -96,22 +96,12 @@ struct BwdSm90 {
 
   // S = K Q^T of a step, started when its rows are there.
   static JFA_DEVICE void StartS(Scores& s, uint32 smem, const ProblemParams& problem,
-                                const Sequence& sequence, const typename Tiles::Step& step,
+                                const typename Tiles::Work& work, const typename Tiles::Step& step,
                                 const typename Tiles::Ring& ring, int group) {
-    const uint32 q = smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ;
-    const int row0 = step.block * kM;
-    MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
-    if (row0 + kM > sequence.q_len && sequence.q_begin + sequence.q_len != problem.q_len) {
-      // Every warpgroup for itself: writing a zero twice does no harm.
-      const uint32 dout = smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo;
-      MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-      Tiles::template ClearRows<kPanels, kPanelBytesM>(q, sequence.q_len - row0, kM);
-      Tiles::template ClearRows<kPanelsV, kPanelBytesM>(dout, sequence.q_len - row0, kM);
-      FenceProxyAsync();
-      NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
-    }
+    Rows::template AwaitRows<Tiles::kFullQ>(problem, smem, work, step, ring, group);
     Tiles::template ScoreGemm<kM, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
-        s, Anew(smem + Tiles::kSmemK + group * kGroupKeys * kRowBytes), q);
+        s, Anew(smem + Tiles::kSmemK + group * kGroupKeys * kRowBytes),
+        smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
   }
 
   // dP = V dO^T, likewise.
@@ -131,9 +121,8 @@ struct BwdSm90 {
     // Or P waits for dP: a cap leaves a factor of dS behind, for which there are no registers.
     constexpr bool kEarlyDv = !C::kSoftcap;
     const ProblemParams& problem = params.problem;
-    const Sequence& sequence = work.sequence;
     const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
-    typename Tiles::Logits logits(problem, sequence, batch, work.head_begin);
+    typename Tiles::Logits logits(problem, work.sequence, batch, work.head_begin);
     typename Tiles::Step step{work.head_begin, walk.First()};
     typename Tiles::Ring ring;
     uint32 smem_ds = smem + Tiles::kSmemExchange, other_ds = smem_ds + kPanelBytesN;
@@ -153,7 +142,7 @@ struct BwdSm90 {
           smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
 
       Scores s, dp;
-      StartS(s, smem, problem, sequence, step, ring, group);
+      StartS(s, smem, problem, work, step, ring, group);
       StartDp(dp, smem, ring, group);
 
       const typename Tiles::Place place = Tiles::PlaceIn(first_key, row0);
@@ -208,7 +197,7 @@ struct BwdSm90 {
         }
       }
       if constexpr (C::kDqSums) {
-        Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys, 0);
+        Tiles::template StoreScores<kM>(ds, smem_ds, group * kGroupKeys);
         FenceProxyAsync();
         if (of.head >= 0) NamedBarrierSync(kTurn + group, Tiles::kConsumerThreads);
         DqPart<kGroup> dq;
@@ -264,8 +253,7 @@ struct BwdSm90 {
                                  const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
                                  int group) {
     const ProblemParams& problem = params.problem;
-    const Sequence& sequence = work.sequence;
-    const int batch = work.item.batch, first_key = work.key0 + group * kGroupKeys;
+    const int first_key = work.key0 + group * kGroupKeys;
     Dk dk;
     Dv dv;
     Clear(dk);
@@ -274,27 +262,16 @@ struct BwdSm90 {
     Pin(dv);
 
     if (walk.First() < walk.rows.end) {
-      MbarrierWait(Tiles::Address(smem, Tiles::kFullKv), 0);
-      const int keys = sequence.kv_len - work.key0;
-      if (keys < kN && sequence.kv_begin + sequence.kv_len != problem.kv_len) {
-        const int first = Max(keys, group * kGroupKeys), end = (group + 1) * kGroupKeys;
-        Tiles::template ClearRows<kPanels, kPanelBytesN>(smem + Tiles::kSmemK, first, end);
-        Tiles::template ClearRows<kPanelsV, kPanelBytesN>(smem + Tiles::kSmemV, first, end);
-        FenceProxyAsync();
-        NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
-      }
+      Rows::AwaitKeys(problem, smem, work, group * kGroupKeys, group);
       WalkSteps<kGroup>(params, smem, work, mask, ids, walk, group, dk, dv);
     }
 
+    // Rows of both in turn: one gradient after the other takes more instructions.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = Tiles::PlaceIn(first_key, 0).key + 8 * half;
-      const bool writes = key < sequence.kv_rows;
-      const int row = sequence.kv_begin + key, head = work.item.head;
-      StoreRow<C::kBf16>(dk, half, problem.scale, RowPointer(params.dk, batch, head, row),
-                         problem.head_dim, writes);
-      StoreRow<C::kBf16>(dv, half, 1.f, RowPointer(params.dv, batch, head, row), problem.head_dim_v,
-                         writes);
+      Rows::StoreGradient(dk, half, params.dk, work, key, problem.scale, problem.head_dim);
+      Rows::StoreGradient(dv, half, params.dv, work, key, 1.f, problem.head_dim_v);
     }
   }
 

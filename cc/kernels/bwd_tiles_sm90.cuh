@@ -6,7 +6,7 @@
 #include "kv_source.cuh"
 #include "logits.cuh"
 #include "mask.cuh"
-#include "ptx_sm90.cuh"
+#include "panels_sm90.cuh"
 
 namespace jfa {
 
@@ -93,16 +93,6 @@ struct BwdTilesSm90 {
 
   // --- producer: one warp, of which one lane orders the copies ---------------------------------
 
-  template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
-                              int head, int batch, uint64 policy) {
-#pragma unroll
-    for (int panel = 0; panel < kPanelCount; ++panel) {
-      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
-              policy);
-    }
-  }
-
   static JFA_DEVICE void Produce(const BwdParams& params, uint32 smem, const Work& work,
                                  const Walk& walk) {
     if (walk.First() >= walk.rows.end) return;
@@ -113,10 +103,10 @@ struct BwdTilesSm90 {
       const uint32 full = Address(smem, kFullKv);
       const int row = sequence.kv_begin + work.key0;
       MbarrierArriveExpect(full, kBytesK + kBytesV);
-      Load<kPanels, kPanelBytesN>(&params.maps.k, smem + kSmemK, full, row, work.item.head, batch,
-                                  kL2EvictFirst);
-      Load<kPanelsV, kPanelBytesN>(&params.maps.v, smem + kSmemV, full, row, work.item.head, batch,
-                                   kL2EvictFirst);
+      LoadPanels<kPanels, kPanelBytesN, kPanelColumns>(&params.maps.k, smem + kSmemK, full, row,
+                                                       work.item.head, batch, kL2EvictFirst);
+      LoadPanels<kPanelsV, kPanelBytesN, kPanelColumns>(&params.maps.v, smem + kSmemV, full, row,
+                                                        work.item.head, batch, kL2EvictFirst);
     }
     Ring ring;
     for (Step step{work.head_begin, walk.First()}; step.head < work.head_end;
@@ -135,14 +125,13 @@ struct BwdTilesSm90 {
       }
       MbarrierArriveAfterCopies(full_q);
       if (leader) {
-        MbarrierArriveExpect(full_q, kBytesQ);
-        Load<kPanels, kPanelBytesM>(&params.maps.q, smem + kSmemQ + ring.stage * kBytesQ, full_q,
-                                    sequence.q_begin + row0, step.head, batch, kL2EvictLast);
+        LoadTile<kPanels, kPanelBytesM, kPanelColumns>(
+            &params.maps.q, smem + kSmemQ + ring.stage * kBytesQ, full_q, sequence.q_begin + row0,
+            step.head, batch, kL2EvictLast);
         MbarrierWait(Address(smem, kEmptyDo, ring.stage), ring.parity ^ 1);
-        MbarrierArriveExpect(full_do, kBytesDo);
-        Load<kPanelsV, kPanelBytesM>(&params.maps.dout, smem + kSmemDo + ring.stage * kBytesDo,
-                                     full_do, sequence.q_begin + row0, step.head, batch,
-                                     kL2EvictLast);
+        LoadTile<kPanelsV, kPanelBytesM, kPanelColumns>(
+            &params.maps.dout, smem + kSmemDo + ring.stage * kBytesDo, full_do,
+            sequence.q_begin + row0, step.head, batch, kL2EvictLast);
       }
       __syncwarp();
       ring.Advance();
@@ -237,35 +226,19 @@ struct BwdTilesSm90 {
     }
   }
 
-  // Of a tile's rows from `first` on: they may hold NaN, which a weight of zero doesn't silence.
-  // TMA zeroes what lies beyond the array, this what lies beyond a sequence's length.
-  template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void ClearRows(uint32 tile, int first, int end) {
-    for (int i = first * 8 + static_cast<int>(ReadThreadIndex() % kGroupThreads); i < end * 8;
-         i += kGroupThreads) {
-#pragma unroll
-      for (int panel = 0; panel < kPanelCount; ++panel) {
-        StoreShared16(tile + panel * kPanelBytes + i * 16, make_uint4(0, 0, 0, 0));
-      }
-    }
-  }
-
   // One lane per warp: a buffer is free when all consumer warps say so, each after all its lanes.
   static JFA_DEVICE void Arrive(uint32 barrier) {
     __syncwarp();
     MbarrierArriveWarp(barrier);
   }
 
-  // A warpgroup's 64 keys, from `first_key` of the panel on, x kRows rows, from `column` on.
+  // A warpgroup's 64 keys, from `first_key` of the panel on, x kRows rows.
   template <int kRows>
-  static JFA_DEVICE void StoreScores(const Fragments<kRows>& x, uint32 panel, int first_key,
-                                     int column) {
-    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
-    const uint32 base = panel + (first_key + thread / kWarpSize * 16 + (lane & 15)) * kRowBytes +
-                        (((lane >> 4) ^ (lane & 7)) << 4);
+  static JFA_DEVICE void StoreScores(const Fragments<kRows>& x, uint32 panel, int first_key) {
+    const uint32 place = StmatrixPlace(panel, first_key, ReadThreadIndex() % kGroupThreads);
 #pragma unroll
     for (int step = 0; step < kRows / 16; ++step) {
-      Stmatrix4(base ^ (step * 32 + column * 2), x[step]);
+      Stmatrix4(place ^ (step * 32), x[step]);
     }
   }
 

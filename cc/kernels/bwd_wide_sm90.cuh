@@ -22,8 +22,8 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_BWD_WIDE_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_BWD_WIDE_SM90_CUH_
 
+#include "bwd_rows_sm90.cuh"
 #include "bwd_tiles_sm90.cuh"
-#include "row_pieces_sm90.cuh"
 
 namespace jfa {
 
@@ -32,11 +32,12 @@ struct BwdWideSm90 {
   // The gradient of ALiBi's slopes wants dS without the cap's slope.
   static constexpr bool kSendsSlope = C::kSoftcap && C::kDslopes;
   using Tiles = BwdTilesSm90<C, kSendsSlope ? 6 : 4>;
+  using Rows = BwdRowsSm90<C, Tiles>;
   static constexpr int kM = C::kBlockM, kN = C::kBlockN;
   static constexpr int kRowBytes = Tiles::kRowBytes, kPanelColumns = Tiles::kPanelColumns;
   static constexpr int kPanelBytesM = Tiles::kPanelBytesM, kPanelBytesN = Tiles::kPanelBytesN;
-  static constexpr int kPanels = Tiles::kPanels, kPanelsV = Tiles::kPanelsV;
-  static_assert(kN == 64, "the keys are M of wgmma");
+  static constexpr int kPanels = Tiles::kPanels;
+  static_assert(kN == Rows::kGroupKeys, "both warpgroups work on all keys of the tile");
   static_assert(C::kHeadDim % kPanelColumns == 0 && C::kHeadDimV % kPanelColumns == 0,
                 "warpgroups own whole panels of dQ");
   static constexpr int kSmemDs = Tiles::kSmemExchange, kSmemP = kSmemDs + 2 * kPanelBytesN;
@@ -86,28 +87,6 @@ struct BwdWideSm90 {
     }
   }
 
-  // Waits for a step's rows, and clears those beyond the sequence. Every warpgroup for itself:
-  // writing a zero twice does no harm.
-  static JFA_DEVICE void AwaitRows(const BwdParams& params, uint32 smem,
-                                   const typename Tiles::Work& work,
-                                   const typename Tiles::Step& step,
-                                   const typename Tiles::Ring& ring, int group, int barrier) {
-    const Sequence& sequence = work.sequence;
-    const int row0 = step.block * kM;
-    MbarrierWait(Tiles::Address(smem, barrier, ring.stage), ring.parity);
-    if (row0 + kM <= sequence.q_len || sequence.q_begin + sequence.q_len == params.problem.q_len) {
-      return;
-    }
-    MbarrierWait(Tiles::Address(smem, Tiles::kFullQ, ring.stage), ring.parity);
-    MbarrierWait(Tiles::Address(smem, Tiles::kFullDo, ring.stage), ring.parity);
-    Tiles::template ClearRows<kPanels, kPanelBytesM>(
-        smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ, sequence.q_len - row0, kM);
-    Tiles::template ClearRows<kPanelsV, kPanelBytesM>(
-        smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo, sequence.q_len - row0, kM);
-    FenceProxyAsync();
-    NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
-  }
-
   // The element 4 * i of a thread's part of P, or of the slopes.
   static JFA_DEVICE uint32 PlaceOfP(uint32 smem, int i) {
     const int thread = ReadThreadIndex() % Tiles::kGroupThreads;
@@ -117,10 +96,12 @@ struct BwdWideSm90 {
     StoreShared16(place, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
   }
-  static JFA_DEVICE float4 Receive(uint32 place) {
-    const uint4 x = LoadShared16(place);
-    return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
-                       __uint_as_float(x.w));
+  static JFA_DEVICE void Receive(float (&x)[4], uint32 place) {
+    const uint4 words = LoadShared16(place);
+    x[0] = __uint_as_float(words.x);
+    x[1] = __uint_as_float(words.y);
+    x[2] = __uint_as_float(words.z);
+    x[3] = __uint_as_float(words.w);
   }
 
   static JFA_DEVICE void WalkDv(const BwdParams& params, uint32 smem,
@@ -140,7 +121,7 @@ struct BwdWideSm90 {
       const int row0 = step.block * kM;
       const uint32 stats =
           smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
-      AwaitRows(params, smem, work, step, ring, 0, Tiles::kFullQ);
+      Rows::template AwaitRows<Tiles::kFullQ>(problem, smem, work, step, ring, 0);
       Scores s;
       Tiles::template ScoreGemm<kM, C::kHeadDim, kPanelBytesN, kPanelBytesM>(
           s, smem + Tiles::kSmemK, smem + Tiles::kSmemQ + ring.stage * Tiles::kBytesQ);
@@ -220,7 +201,7 @@ struct BwdWideSm90 {
       const typename Tiles::Step next = step.Next(walk);
       const uint32 stats = smem + Tiles::kSmemStats + ring.stage * 2 * Tiles::kStatBytes +
                            Tiles::kStatBytes + ReadLaneIndex() % 4 * 8;
-      AwaitRows(params, smem, work, step, ring, 1, Tiles::kFullDo);
+      Rows::template AwaitRows<Tiles::kFullDo>(params.problem, smem, work, step, ring, 1);
       Scores dp;
       Tiles::template ScoreGemm<kM, C::kHeadDimV, kPanelBytesN, kPanelBytesM>(
           dp, smem + Tiles::kSmemV, smem + Tiles::kSmemDo + ring.stage * Tiles::kBytesDo);
@@ -234,8 +215,8 @@ struct BwdWideSm90 {
 #pragma unroll
       for (int n = 0; n < kM / 8; ++n) {
         const float2 delta = LoadSharedFloat2(stats + n * 32);
-        const float4 weight = Receive(PlaceOfP(smem, n));
-        const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
+        float weights[4];
+        Receive(weights, PlaceOfP(smem, n));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           dp[0][n][e] = weights[e] * (dp[0][n][e] - (e % 2 ? delta.y : delta.x));
@@ -245,8 +226,8 @@ struct BwdWideSm90 {
           }
         }
         if constexpr (kSendsSlope) {
-          const float4 slope = Receive(PlaceOfP(smem, n) + kBytesP);
-          const float slopes[4] = {slope.x, slope.y, slope.z, slope.w};
+          float slopes[4];
+          Receive(slopes, PlaceOfP(smem, n) + kBytesP);
 #pragma unroll
           for (int e = 0; e < 4; ++e) dp[0][n][e] *= slopes[e];
         }
@@ -255,7 +236,7 @@ struct BwdWideSm90 {
       if (next.head < work.head_end) NamedBarrierArrive(kEmptyP, Tiles::kConsumerThreads);
       const uint32 smem_ds = smem + kSmemDs + buffer * kPanelBytesN;
       if constexpr (C::kDqSums) {
-        Tiles::template StoreScores<kM>(ds, smem_ds, 0, 0);
+        Tiles::template StoreScores<kM>(ds, smem_ds, 0);
         FenceProxyAsync();
         NamedBarrierArrive(kFullDs + buffer, Tiles::kConsumerThreads);
       }
@@ -283,50 +264,33 @@ struct BwdWideSm90 {
     }
   }
 
-  template <int kColumns>
-  static JFA_DEVICE void Store(const Columns<kColumns>& x, const TensorArg& target,
-                               const typename Tiles::Work& work, float factor, int columns) {
-    const Sequence& sequence = work.sequence;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = Tiles::PlaceIn(work.key0, 0).key + 8 * half;
-      StoreRow<C::kBf16>(
-          x, half, factor,
-          RowPointer(target, work.item.batch, work.item.head, sequence.kv_begin + key), columns,
-          key < sequence.kv_rows);
-    }
-  }
-
   static JFA_DEVICE void Consume(const BwdParams& params, uint32 smem,
                                  const typename Tiles::Work& work, const typename Tiles::Mask& mask,
                                  const typename Tiles::Ids& ids, const typename Tiles::Walk& walk,
                                  int group) {
     const ProblemParams& problem = params.problem;
-    const Sequence& sequence = work.sequence;
     const bool walks = walk.First() < walk.rows.end;
-    if (walks) {
-      MbarrierWait(Tiles::Address(smem, Tiles::kFullKv), 0);
-      const int keys = sequence.kv_len - work.key0;
-      // Every warpgroup clears padding for itself: writing a zero twice does no harm.
-      if (keys < kN && sequence.kv_begin + sequence.kv_len != problem.kv_len) {
-        Tiles::template ClearRows<kPanels, kPanelBytesN>(smem + Tiles::kSmemK, keys, kN);
-        Tiles::template ClearRows<kPanelsV, kPanelBytesN>(smem + Tiles::kSmemV, keys, kN);
-        FenceProxyAsync();
-        NamedBarrierSync(Tiles::kGroup + group, Tiles::kGroupThreads);
-      }
-    }
+    if (walks) Rows::AwaitKeys(problem, smem, work, 0, group);
     if (group == 0) {
       Columns<C::kHeadDimV> dv;
       Clear(dv);
       Pin(dv);
       if (walks) WalkDv(params, smem, work, mask, ids, walk, dv);
-      Store<C::kHeadDimV>(dv, params.dv, work, 1.f, problem.head_dim_v);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = Tiles::PlaceIn(work.key0, 0).key + 8 * half;
+        Rows::StoreGradient(dv, half, params.dv, work, key, 1.f, problem.head_dim_v);
+      }
     } else {
       Columns<C::kHeadDim> dk;
       Clear(dk);
       Pin(dk);
       if (walks) WalkDk(params, smem, work, walk, dk);
-      Store<C::kHeadDim>(dk, params.dk, work, problem.scale, problem.head_dim);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = Tiles::PlaceIn(work.key0, 0).key + 8 * half;
+        Rows::StoreGradient(dk, half, params.dk, work, key, problem.scale, problem.head_dim);
+      }
     }
   }
 

@@ -3,7 +3,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_COPIES_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_COPIES_SM90_CUH_
 
-#include "ptx_sm90.cuh"
+#include "panels_sm90.cuh"
 #include "tiles_sm90.cuh"
 
 namespace jfa {
@@ -20,12 +20,8 @@ struct CopiesSm90 {
   template <int kPanelCount, int kTilePanelBytes, int kPanelColumns = kColumns>
   static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
                               int head, int batch, uint64 policy) {
-    MbarrierArriveExpect(barrier, kPanelCount * kTilePanelBytes);
-#pragma unroll
-    for (int panel = 0; panel < kPanelCount; ++panel) {
-      TmaLoad(target + panel * kTilePanelBytes, map, barrier, panel * kPanelColumns, row, head,
-              batch, policy);
-    }
+    LoadTile<kPanelCount, kTilePanelBytes, kPanelColumns>(map, target, barrier, row, head, batch,
+                                                          policy);
   }
 
   // Where a block of keys is: of a paged call each lane knows the rows of one box.

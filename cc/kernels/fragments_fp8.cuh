@@ -75,15 +75,6 @@ JFA_DEVICE decltype(auto) ColumnsOf(const TensorArg& x) {
   }
 }
 
-// Factors of the scores and of the output of a (batch, key head).
-JFA_DEVICE float ScoreScale(const FwdParams& p, int batch, int kv_head) {
-  return p.qk_scales == nullptr ? 1.f
-                                : __ldg(p.qk_scales + batch * p.problem.num_kv_heads + kv_head);
-}
-JFA_DEVICE float ValueScale(const FwdParams& p, int batch, int kv_head) {
-  return p.v_scales == nullptr ? 1.f : __ldg(p.v_scales + batch * p.problem.num_kv_heads + kv_head);
-}
-
 // --- queries ------------------------------------------------------------------------------------
 
 // The exponent, as bf16 has it, of the largest finite value of some rows; by a warp. `at` gives the

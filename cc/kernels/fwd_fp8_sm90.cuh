@@ -4,8 +4,8 @@
 //   V [keys, dims]  --copy-->  shared memory  --ldmatrix.trans, bytes sorted-->  V^T [dims, keys]
 //
 // Roles       Of warpgroup 0 the first warp orders copies; the other three transpose V, block after
-//             block: products of 8-bit floats want both operands with the inner dimension along
-//             rows, and V has the head dim there.
+//             block (fwd_fp8_producers_sm90.cuh): products of 8-bit floats want both operands with
+//             the inner dimension along rows, and V has the head dim there.
 // Keys        P takes the registers of S as they are: keys are permuted (transpose_sm90.cuh).
 // Dims        That also permutes V's dims; Store renames registers.
 // Weights     Of e4m3, by one of two ways (kOptimistic): weights_fp8.cuh.
@@ -17,7 +17,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 
-#include "kv_source.cuh"
+#include "fwd_fp8_producers_sm90.cuh"
 #include "ptx_fp8_sm90.cuh"
 #include "results_sm90.cuh"
 #include "row_scores.cuh"
@@ -93,7 +93,6 @@ struct FwdFp8Sm90 {
 
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
-  using RingV = RingPosition<C::kStagesV>;
   using RingTile = RingPosition<kTileSlots>;
   using Output = typename Results::Output;
   using Weighing = WeightsFp8<kKeySteps>;
@@ -109,129 +108,16 @@ struct FwdFp8Sm90 {
 
   using Tiles = TilesSm90<C>;
   using Tile = typename Tiles::Tile;
-  using TileWalk = typename Tiles::Walk;
   using Mask = typename Tiles::Mask;
-  using Keys = typename Tiles::Keys;
   using Work = typename Tiles::Work;
-  struct Slot {
-    Work work;
-    float v_scale;
-  };
+  using Producers = FwdFp8ProducersSm90<C, FwdFp8Sm90>;
+  using Slot = typename Producers::Slot;
   static_assert(sizeof(Slot) <= kSlotBytes, "a tile must fit in its slot");
   static JFA_DEVICE Slot* SlotAt(unsigned char* smem, int slot) {
     return reinterpret_cast<Slot*>(smem + kSmemTiles + slot * kSlotBytes);
   }
   static JFA_DEVICE int* KeysAt(unsigned char* smem, int stage) {
     return reinterpret_cast<int*>(smem + kSmemKeys) + stage;
-  }
-
-  // --- producer: one warp, of which one lane gives the orders ---------------------------------
-
-  template <int kPanelCount, int kPanelBytes>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
-                              int head, int batch, uint64 policy) {
-    MbarrierArriveExpect(barrier, kPanelCount * kPanelBytes);
-#pragma unroll
-    for (int panel = 0; panel < kPanelCount; ++panel) {
-      TmaLoad(target + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch,
-              policy);
-    }
-  }
-
-  static JFA_DEVICE void SetSlot(const FwdSm90Params& params, Slot* slot, const Tile& tile,
-                                 bool leader) {
-    const ProblemParams& problem = params.fwd.problem;
-    slot->work.Set(problem, tile, leader);
-    if (!leader) return;
-    const int64 head = static_cast<int64>(tile.batch) * problem.num_kv_heads + tile.kv_head;
-    if (params.fwd.qk_scales != nullptr) {
-      slot->work.logits.ScaleScores(__ldg(params.fwd.qk_scales + head));
-    }
-    slot->v_scale = params.fwd.v_scales != nullptr ? __ldg(params.fwd.v_scales + head) : 1.f;
-  }
-
-  static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
-    TileWalk walk(params);
-    Tile tile;
-    RingTile t;
-    RingQ q;
-    Ring k;
-    RingV v;
-    while (walk.Next(&tile)) {
-      tile.sequence.table_row = 0;  // there are no pages; one register less
-      Slot* slot = SlotAt(smem_pointer, t.stage);
-      Work* work = &slot->work;
-      if (leader) MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      __syncwarp();
-      SetSlot(params, slot, tile, leader);
-      if (leader) MbarrierArrive(Address(smem, kFullTile, t.stage));
-      t.Advance();
-      // From here on the tile is read where it was written, to save registers.
-      bool is_first = true;
-      Keys keys = work->keys;
-      for (int block = keys.First(); block >= 0; block = keys.Next(block)) {
-        const Sequence& sequence = work->tile.sequence;
-        const int row = sequence.kv_begin + block * C::kBlockN;
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyK, k.stage), k.parity ^ 1);
-          Load<kPanels, kPanelBytesN>(&params.k, smem + kSmemK + k.stage * kBytesK,
-                                      Address(smem, kFullK, k.stage), row, work->tile.kv_head,
-                                      work->tile.batch, kL2EvictLast);
-        }
-        k.Advance();
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(Address(smem, kEmptyQ, q.stage), q.parity ^ 1);
-            Load<kPanels, kPanelBytesM>(&params.q, smem + kSmemQ + q.stage * kBytesQ,
-                                        Address(smem, kFullQ, q.stage),
-                                        sequence.q_begin + work->tile.row0, work->tile.head,
-                                        work->tile.batch, kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
-        }
-        // Values follow at once: they have the longer way.
-        if (leader) {
-          MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-          *KeysAt(smem_pointer, v.stage) = sequence.kv_len - block * C::kBlockN;
-          Load<kPanelsV, kPanelBytesN>(&params.v, smem + kSmemV + v.stage * kBytesV,
-                                       Address(smem, kFullV, v.stage), row, work->tile.kv_head,
-                                       work->tile.batch, kL2EvictLast);
-        }
-        v.Advance();
-      }
-    }
-    if (leader) {
-      MbarrierWait(Address(smem, kEmptyTile, t.stage), t.parity ^ 1);
-      SlotAt(smem_pointer, t.stage)->work.tile.row0 = -1;
-      MbarrierArrive(Address(smem, kFullTile, t.stage));
-      MbarrierWait(Address(smem, kEmptyV, v.stage), v.parity ^ 1);
-      *KeysAt(smem_pointer, v.stage) = -1;
-      MbarrierArrive(Address(smem, kFullV, v.stage));
-    }
-  }
-
-  // --- transposers: three warps -----------------------------------------------------------------
-
-  static JFA_DEVICE void TransposeAll(unsigned char* smem_pointer) {
-    const uint32 smem = SmemAddress(smem_pointer);
-    RingV v;
-    Ring t;
-    while (true) {
-      MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
-      const int keys = *KeysAt(smem_pointer, v.stage);
-      if (keys < 0) return;
-      MbarrierWait(Address(smem, kEmptyT, t.stage), t.parity ^ 1);
-      Transposer::Block(smem + kSmemV + v.stage * kBytesV, smem + kSmemT + t.stage * kBytesT, keys);
-      FenceProxyAsync();
-      __syncwarp();
-      Arrive(Address(smem, kFullT, t.stage));
-      Arrive(Address(smem, kEmptyV, v.stage));
-      v.Advance();
-      t.Advance();
-    }
   }
 
   // --- consumers --------------------------------------------------------------------------------
@@ -575,9 +461,9 @@ struct FwdFp8Sm90 {
     if (group == 0) {
       ReleaseRegisters<kProducerRegisters>();
       if (threadIdx.x < kWarpSize) {
-        Produce(params, smem_pointer);
+        Producers::Produce(params, smem_pointer);
       } else {
-        TransposeAll(smem_pointer);
+        Producers::Transpose(smem_pointer);
       }
     } else {
       ClaimRegisters<kConsumerRegisters>();

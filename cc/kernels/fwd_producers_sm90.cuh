@@ -45,7 +45,7 @@ struct FwdProducersSm90 {
         MbarrierWait(Kernel::Address(smem, Kernel::kEmptyTile, t.stage), t.parity ^ 1);
       }
       // Written at once where it is read, to save registers: by all lanes the same.
-      const bool more = walk.Next(&slot->tile);
+      const bool more = walk.template Next<(Kernel::kTileSlots > 2)>(&slot->tile);
       __syncwarp();
       if (more) slot->SetRest(walk.params.fwd.problem, leader);
       if (kArrivingLanes == kWarpSize || leader) {
@@ -102,6 +102,7 @@ struct FwdProducersSm90 {
       values.row = -1;
     };
     while (true) {
+      if (C::kStagesQ == 1) load_values();
       if constexpr (!C::kFinderWarp) finder.Put(smem_pointer);
       const Work* slot = WaitTile(smem_pointer, t);
       if (slot == nullptr) break;
@@ -112,8 +113,6 @@ struct FwdProducersSm90 {
       KeyPlace place;
       place.Set(params, slot->tile, block);
       while (block >= 0) {
-        // A single buffer of Q is free only when all keys of the tile before have been used.
-        if (C::kStagesQ == 1 && is_first) load_values();
         load_keys(place);
         if (is_first) {
           if (leader) {

@@ -38,12 +38,14 @@
 #include "row_scores.cuh"
 #include "softmax.cuh"
 #include "tiles_sm90.cuh"
+#include "weights_sm90.cuh"
 
 namespace jfa {
 
 template <class C>
 struct FwdSm90 {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
+  static constexpr Weighing kWeighing = static_cast<Weighing>(C::kWeighing);
   using Results = ResultsSm90<C>;
   static constexpr int kGroupThreads = Results::kGroupThreads;
   static constexpr int kGroupRows = Results::kGroupRows;
@@ -85,7 +87,7 @@ struct FwdSm90 {
   static constexpr int kSmem8 = kSmemV + C::kStages * kBytesV;
   static constexpr int kSmemOut = kSmem8 + C::kStages8 * Keys8::kBytes;
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
-  static constexpr int kTileSlots = 3, kSlotBytes = 256;
+  static constexpr int kTileSlots = C::kTileSlots, kSlotBytes = 256;
   static constexpr int kSmemNotes =
       kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots + 2 * C::kStages8);
   static constexpr int kSmemTiles = kSmemNotes + Keys8::kNoteBytes;
@@ -114,14 +116,19 @@ struct FwdSm90 {
                         : C::kStages8 == 0,
                 "queries are converted when a tile begins; notes have room for four");
   static_assert(!(C::kFp8 && C::kFinderWarp), "the second warp converts");
+  // A tile's output may wait in registers until the next tile's second product of scores runs.
+  // Where warpgroups take turns, this would make them longer.
+  static constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong;
+  static_assert(kTileSlots >= (kStoreLater ? 3 : 2), "a tile's slot is in use until its output is stored");
   static_assert(kSmemBytes == C::kSmemBytes, "plan.cc and the kernel must agree on shared memory");
 
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
   using Output = typename Results::Output;
-  using Scores = float[1][2 * kKeySteps][4];
-  using Weights = uint32[kKeySteps][4];
+  using Weights = WeightsSm90<kBf16, kKeySteps>;
+  using WeightArray = typename Weights::Array;
+  using Scores = typename Weights::Scores;
   using Place = RowScores<4, 1, kKeySteps>;
 
   static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
@@ -159,7 +166,7 @@ struct FwdSm90 {
   }
 
   // out += P V, started
-  static JFA_DEVICE void OutputGemm(Output& out, const Weights& p, uint32 smem_v) {
+  static JFA_DEVICE void OutputGemm(Output& out, const WeightArray& p, uint32 smem_v) {
     const uint64 v = PanelDescriptor(smem_v, kPanelBytesN);
     Pin(out);
     WgmmaFence();
@@ -172,34 +179,25 @@ struct FwdSm90 {
     Pin(out);
   }
 
+  using Logits = decltype(Work::logits);
+
+  // Whether the mask or the end of the keys hides something of a block from the warpgroup's rows.
+  static JFA_DEVICE bool NeedsMask(const Work& work, int group, int block) {
+    return work.mask.template NeedsMask<kGroupRows, C::kBlockN>(
+        work.tile.row0 + group * kGroupRows, block * C::kBlockN);
+  }
+
   // Scores to logits, -inf where a row doesn't see a key.
-  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, int group, int block,
-                                    bool one_segment) {
+  static JFA_DEVICE void MakeLogits(Scores& s, const Work& work, const Logits& logits, int block,
+                                    bool needs_mask, bool one_segment) {
     const int key0 = block * C::kBlockN;
     // Warps count from the producer's on.
-    const int row0 = work.tile.row0 - kGroupRows;
-    if constexpr (!decltype(work.logits)::kPlain) Place::Apply(s, work.logits, row0, key0);
-    if (work.mask.template NeedsMask<kGroupRows, C::kBlockN>(work.tile.row0 + group * kGroupRows,
-                                                             key0)) {
-      Place::HideBand(s, work.mask, row0, key0);
-    }
+    if constexpr (!Logits::kPlain) Place::Apply(s, logits, work.tile.row0 - kGroupRows, key0);
+    if (needs_mask) Place::HideBand(s, work.mask, work.tile.row0 - kGroupRows, key0);
     if constexpr (C::kSegments) {
-      if (!one_segment) Place::HideOtherSegments(s, work.ids, row0, key0);
-    }
-  }
-
-  static JFA_DEVICE void Weigh(Scores& s, OnlineSoftmax<1>& softmax) {
-#pragma unroll
-    for (int n = 0; n < 2 * kKeySteps; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = softmax.Weigh(e / 2, s[0][n][e]);
-    }
-  }
-
-  static JFA_DEVICE void Pack(Weights& p, const Scores& s) {
-#pragma unroll
-    for (int step = 0; step < kKeySteps; ++step) {
-      PackBlock<kBf16>(p[step], s[0][2 * step], s[0][2 * step + 1]);
+      if (!one_segment) {
+        Place::HideOtherSegments(s, work.ids, work.tile.row0 - kGroupRows, key0);
+      }
     }
   }
 
@@ -268,20 +266,33 @@ struct FwdSm90 {
       Arrive(Address(smem, kEmptyTile, slot));
     };
     int slot = wait_tile(), block = -1;
-    Work work = *Slot(smem_pointer, slot);
+    // The tile at hand. With two sets of weights there are no registers for it, and it is read where
+    // it was written.
+    constexpr bool kInPlace = kWeighing == Weighing::kDouble;
+    Work copy = *Slot(smem_pointer, slot);
+    const Work* work = kInPlace ? Slot(smem_pointer, slot) : &copy;
+    Keys keys = work->keys;
+    const auto next_tile = [&] {
+      slot = wait_tile();
+      if constexpr (kInPlace) {
+        work = Slot(smem_pointer, slot);
+      } else {
+        copy = *Slot(smem_pointer, slot);
+      }
+      keys = work->keys;
+      return work->tile.row0 >= 0;
+    };
     // Tiles without keys are done at once; false at the end.
-    const auto skip_empty = [&] {
-      while (work.tile.row0 >= 0) {
-        block = work.keys.First();
+    const auto skip_empty = [&](bool more) {
+      for (; more; more = next_tile()) {
+        block = keys.First();
         if (block >= 0) return true;
         Output zeros;
         Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
-        Results::Store(params, smem + kSmemOut, kGroup + group, group, work.tile,
-                       Finish(params, work.tile, nothing), zeros);
+        Results::Store(params, smem + kSmemOut, kGroup + group, group, work->tile,
+                       Finish(params, work->tile, nothing), zeros);
         release(slot);
-        slot = wait_tile();
-        work = *Slot(smem_pointer, slot);
       }
       return false;
     };
@@ -291,10 +302,10 @@ struct FwdSm90 {
     int hidden_blocks = 0;
     const auto skip_hidden = [&](int first) {
       if constexpr (kMask != MaskKind::kFull) {
-        const int end = work.tile.row0 + (group + 1) * kGroupRows - 1 + work.mask.high;
+        const int end = work->tile.row0 + (group + 1) * kGroupRows - 1 + work->mask.high;
         while (first * C::kBlockN >= end &&
-               !(Mask::kHasSinks && first * C::kBlockN < work.mask.sink_tokens)) {
-          const int next = work.keys.Next(first);
+               !(Mask::kHasSinks && first * C::kBlockN < work->mask.sink_tokens)) {
+          const int next = keys.Next(first);
           if (next < 0) break;
           MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
           Arrive(Address(smem, kEmptyK, k.stage));
@@ -317,14 +328,15 @@ struct FwdSm90 {
       }
     };
 
-    bool more = skip_empty();
+    bool more = skip_empty(work->tile.row0 >= 0);
     while (more) {
       Output out;
       Scores s;
-      Weights p;
+      WeightArray p;
       float factor[2];
       float2 normalizer;
-      OnlineSoftmax<1> softmax(work.logits.Scale());
+      Logits logits = work->logits;
+      OnlineSoftmax<1> softmax(logits.Scale());
       Clear(out);
       Pin(out);
 
@@ -337,40 +349,43 @@ struct FwdSm90 {
       };
       float score_scale = 1.f;
       if constexpr (C::kFp8) {
-        score_scale = ScoreScale(params.fwd, work.tile.batch, work.tile.kv_head);
+        score_scale = ScoreScale(params.fwd, work->tile.batch, work->tile.kv_head);
       }
       wait_q();
       if constexpr (C::kFp8) {
         const int row = ReadThreadIndex() % kGroupThreads / kWarpSize * 16;
         score_scale *= Keys8::ConvertQueries(
             smem_q + row * kRowBytes, kPanelBytesM,
-            work.tile.sequence.q_len - work.tile.row0 - group * kGroupRows - row);
-        work.logits.ScaleScores(score_scale);
-        softmax.scale = work.logits.Scale();
+            work->tile.sequence.q_len - work->tile.row0 - group * kGroupRows - row);
+        logits.ScaleScores(score_scale);
+        softmax.scale = logits.Scale();
         FenceProxyAsync();
         NamedBarrierSync(kGroup + group, kGroupThreads);
       }
       block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
       ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
-      bool one_segment = work.keys.one_segment;
-      int next = work.keys.Next(block);
+      bool one_segment = keys.one_segment;
+      int next = keys.Next(block);
+      bool needs_mask = NeedsMask(*work, group, block);
       WgmmaWait<0>();
       Pin(s);
       Arrive(Address(smem, kEmptyK, k.stage));
       k.Advance();
       if (next < 0) Arrive(empty_q);
-      MakeLogits(s, work, group, block, one_segment);
-      softmax.Follow(s, factor);
-      Weigh(s, softmax);
-      Pack(p, s);
+      MakeLogits(s, *work, logits, block, needs_mask, one_segment);
+      // As in `step`, to the bit: a tile's result doesn't depend on whether a CTA begins with it.
+      if constexpr (kWeighing == Weighing::kSearched) {
+        softmax.Follow(s, factor);
+        Weights::Weigh(s, softmax);
+        Weights::Pack(p, s);
+      } else {
+        Weights::WeighOptimistically(p, s, softmax, factor, true);
+      }
       skip_hidden_values();
-      ClearPadding(problem, work, block, smem, v, group);
+      ClearPadding(problem, *work, block, smem, v, group);
 
       int done;  // slot
-      // A tile's output may wait in registers until the next tile's second product of scores runs.
-      // Where warpgroups take turns, this would make them longer.
-      constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong;
       int unstored = -1;  // slot
       const auto store = [&](int tile_slot) {
         Results::Store(params, smem + kSmemOut, kGroup + group, group,
@@ -383,16 +398,15 @@ struct FwdSm90 {
         Clear(out);
         unstored = -1;
       };
-#pragma unroll 1
-      while (true) {
-        // The next block; that of the next tile, if it has any and Q has a second buffer.
+      // Adds the block before, whose weights are `p`, and weighs the next one: into `next_p` if two
+      // take turns, else into `p`. After a tile's last block that is the first one of the next tile,
+      // if it has any and Q has a second buffer; else false.
+      const auto step = [&](WeightArray& p, WeightArray& next_p) {
         const bool is_first = next < 0;
         if (is_first) {
           done = slot;
-          slot = wait_tile();
-          work = *Slot(smem_pointer, slot);
-          block = work.tile.row0 >= 0 ? work.keys.First() : -1;
-          if (C::kStagesQ == 1 || block < 0) break;
+          block = next_tile() ? keys.First() : -1;
+          if (C::kStagesQ == 1 || block < 0) return false;
           wait_q();
           next = skip_hidden(block);
         }
@@ -406,24 +420,39 @@ struct FwdSm90 {
         PassTurn(group);
         if (is_first) {
           normalizer = Finish(params, Slot(smem_pointer, done)->tile, softmax);
-          softmax = OnlineSoftmax<1>(work.logits.Scale());
+          logits = work->logits;
+          softmax = OnlineSoftmax<1>(logits.Scale());
         }
-        one_segment = work.keys.one_segment;
-        next = work.keys.Next(block);
+        one_segment = keys.one_segment;
+        next = keys.Next(block);
+        needs_mask = NeedsMask(*work, group, block);
         WgmmaWait<1>();
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
         if (next < 0) Arrive(empty_q);
-        MakeLogits(s, work, group, block, one_segment);
-        const bool rescale = softmax.Follow(s, factor);
-        Weigh(s, softmax);
-        Pin(s);  // or the compiler leaves half of the weights for after the wait
-        WgmmaWait<0>();
-        Pin(out);
-        Arrive(Address(smem, kEmptyV, v.stage));
-        v.Advance();
-        Pack(p, s);
+        MakeLogits(s, *work, logits, block, needs_mask, one_segment);
+        const auto finish_product = [&] {
+          WgmmaWait<0>();
+          Pin(out);
+          Arrive(Address(smem, kEmptyV, v.stage));
+          v.Advance();
+        };
+        bool rescale;
+        if constexpr (kWeighing == Weighing::kDouble) {
+          rescale = Weights::WeighOptimistically(next_p, s, softmax, factor, is_first);
+          Weights::Pin(next_p);
+          finish_product();
+        } else if constexpr (kWeighing == Weighing::kSingle) {
+          finish_product();
+          rescale = Weights::WeighOptimistically(p, s, softmax, factor, is_first);
+        } else {
+          rescale = softmax.Follow(s, factor);
+          Weights::Weigh(s, softmax);
+          Pin(s);  // or the compiler leaves half of the weights for after the wait
+          finish_product();
+          Weights::Pack(p, s);
+        }
         if (is_first) {
           if constexpr (kStoreLater) {
             unstored = done;
@@ -432,9 +461,24 @@ struct FwdSm90 {
             Clear(out);
           }
           skip_hidden_values();
-          ClearPadding(problem, work, block, smem, v, group);
+          ClearPadding(problem, *work, block, smem, v, group);
         } else if (rescale) {
           softmax.Rescale(out, factor);
+        }
+        return true;
+      };
+      if constexpr (kWeighing == Weighing::kDouble) {
+        WeightArray other;
+#pragma unroll 1
+        while (step(p, other)) {
+          if (!step(other, p)) {
+            Weights::Copy(p, other);
+            break;
+          }
+        }
+      } else {
+#pragma unroll 1
+        while (step(p, p)) {
         }
       }
 
@@ -447,7 +491,7 @@ struct FwdSm90 {
       Arrive(Address(smem, kEmptyV, v.stage));
       v.Advance();
       store(done);
-      more = skip_empty();
+      more = skip_empty(work->tile.row0 >= 0);
     }
     TmaStoreWaitRead();
   }

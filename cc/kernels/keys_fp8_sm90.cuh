@@ -132,43 +132,36 @@ struct KeysFp8Sm90 {
       return turn + 1 < kTurns || (turn < kTurns && warp + turn * kWarps < kGroups);
     };
     uint4 x[2][kBatch][kPanels];
-    const auto load = [&](int batch) {
+    // act(its chunk of x, which chunk) for each chunk of a batch that this lane has.
+    const auto for_each = [&](int batch, const auto& act) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int turn = batch * kBatch + i;
         if (!has(turn)) continue;
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          x[batch % 2][i][panel] = LoadShared16((panel % 2 ? from ^ 64 : from) +
-                                                panel / 2 * kPanelBytes + turn * kTurnBytes);
-        }
+        for (int panel = 0; panel < kPanels; ++panel) act(x[batch % 2][i][panel], panel, turn);
       }
     };
-    const auto convert = [&](int batch) {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int turn = batch * kBatch + i;
-        if (!has(turn)) continue;
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          const uint32 offset = panel * kPanelBytes + turn * kTurnBytes;
-          const uint4 bytes = x[batch % 2][i][panel];
-          uint4 y;
-          Float8<kE5m2>::InOrder(bytes.x, y.x, y.y);
-          Float8<kE5m2>::InOrder(bytes.y, y.z, y.w);
-          StoreShared16(to + offset, y);
-          Float8<kE5m2>::InOrder(bytes.z, y.x, y.y);
-          Float8<kE5m2>::InOrder(bytes.w, y.z, y.w);
-          StoreShared16((to ^ 16) + offset, y);
-        }
-      }
+    const auto load = [&](uint4& bytes, int panel, int turn) {
+      bytes = LoadShared16((panel % 2 ? from ^ 64 : from) + panel / 2 * kPanelBytes +
+                           turn * kTurnBytes);
     };
-    load(0);
+    const auto convert = [&](const uint4& bytes, int panel, int turn) {
+      const uint32 offset = panel * kPanelBytes + turn * kTurnBytes;
+      uint4 y;
+      Float8<kE5m2>::InOrder(bytes.x, y.x, y.y);
+      Float8<kE5m2>::InOrder(bytes.y, y.z, y.w);
+      StoreShared16(to + offset, y);
+      Float8<kE5m2>::InOrder(bytes.z, y.x, y.y);
+      Float8<kE5m2>::InOrder(bytes.w, y.z, y.w);
+      StoreShared16((to ^ 16) + offset, y);
+    };
+    for_each(0, load);
     wait_empty();
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
-      if (batch + 1 < kBatches) load(batch + 1);
-      convert(batch);
+      if (batch + 1 < kBatches) for_each(batch + 1, load);
+      for_each(batch, convert);
     }
     if (count >= C::kBlockN) return;
 #pragma unroll 1

@@ -74,6 +74,15 @@ JFA_DEVICE Weight Weigh(const LogitMap<kSoftcap, kAlibi>& map, float score, floa
   return {score == -Infinity() ? 0.f : p, 1.f - capped * capped};
 }
 
+// Of 8-bit floats: factors of the scores and of the output of a (batch, key head).
+JFA_DEVICE float ScoreScale(const FwdParams& p, int batch, int kv_head) {
+  return p.qk_scales == nullptr ? 1.f
+                                : __ldg(p.qk_scales + batch * p.problem.num_kv_heads + kv_head);
+}
+JFA_DEVICE float ValueScale(const FwdParams& p, int batch, int kv_head) {
+  return p.v_scales == nullptr ? 1.f : __ldg(p.v_scales + batch * p.problem.num_kv_heads + kv_head);
+}
+
 }  // namespace jfa
 
 #endif  // JAX_FLASHATTN_CC_KERNELS_LOGITS_CUH_

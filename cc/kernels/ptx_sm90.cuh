@@ -9,11 +9,15 @@
 
 namespace jfa {
 
-// Inline, because a plain store of a uint4 that was put together from selects is split in four.
-JFA_DEVICE void StoreGlobal16(void* gmem, const uint32 (&w)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "r"(w[0]), "r"(w[1]),
-               "r"(w[2]), "r"(w[3])
-               : "memory");
+// Inline, because a plain store of a uint4 that was put together from selects is split in four; and
+// under a predicate, because rows of many such stores else branch around each.
+JFA_DEVICE void StoreGlobal16(void* gmem, const uint32 (&w)[4], bool writes) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(gmem),
+      "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(static_cast<int>(writes))
+      : "memory");
 }
 
 // --- the tensor copy engine ---

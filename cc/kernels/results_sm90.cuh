@@ -2,7 +2,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_RESULTS_SM90_CUH_
 
-#include "ptx_sm90.cuh"
+#include "panels_sm90.cuh"
 #include "row_pieces_sm90.cuh"
 #include "row_scores.cuh"
 #include "softmax.cuh"
@@ -60,30 +60,24 @@ struct ResultsSm90 {
     }
   }
 
-  // A select, not a product with zero: padding rows of Q may have made NaN.
-  static JFA_DEVICE uint32 PackPair(const float* x, float factor, bool valid) {
-    return valid ? Pack16<C::kBf16>(x[0] * factor, x[1] * factor) : 0;
-  }
-
   // Through shared memory of the warpgroup's own.
   static JFA_DEVICE void StoreByEngine(const FwdSm90Params& params, uint32 smem_out, int barrier,
                                        int group, const Tile& tile, float2 normalizer,
                                        const Output& out) {
-    const int thread = ReadThreadIndex() % kGroupThreads, lane = thread % kWarpSize;
+    const int thread = ReadThreadIndex() % kGroupThreads;
     if (thread == 0) TmaStoreWaitRead();  // for the tile before
     const int row0 = tile.row0 - kGroupRows, q_len = tile.sequence.q_len;
     const bool valid0 = RowScores<4, 1, 1>::RowOf(row0, 0) < q_len,
                valid1 = RowScores<4, 1, 1>::RowOf(row0, 1) < q_len;
     NamedBarrierSync(barrier, kGroupThreads);
-    const uint32 base = smem_out + (thread / kWarpSize * 16 + (lane & 15)) * kRowBytes +
-                        (((lane >> 4) ^ (lane & 7)) << 4);
+    const uint32 place = StmatrixPlace(smem_out, 0, thread);
 #pragma unroll
     for (int n = 0; n < kOutBlocks; ++n) {
-      const uint32 r[4] = {PackPair(&out[0][2 * n][0], normalizer.x, valid0),
-                           PackPair(&out[0][2 * n][2], normalizer.y, valid1),
-                           PackPair(&out[0][2 * n + 1][0], normalizer.x, valid0),
-                           PackPair(&out[0][2 * n + 1][2], normalizer.y, valid1)};
-      Stmatrix4((base ^ (n % 4 * 32)) + n / 4 * kPanelBytes, r);
+      const uint32 r[4] = {PackPair<C::kBf16>(&out[0][2 * n][0], normalizer.x, valid0),
+                           PackPair<C::kBf16>(&out[0][2 * n][2], normalizer.y, valid1),
+                           PackPair<C::kBf16>(&out[0][2 * n + 1][0], normalizer.x, valid0),
+                           PackPair<C::kBf16>(&out[0][2 * n + 1][2], normalizer.y, valid1)};
+      Stmatrix4((place ^ (n % 4 * 32)) + n / 4 * kPanelBytes, r);
     }
     FenceProxyAsync();
     NamedBarrierSync(barrier, kGroupThreads);
@@ -97,29 +91,16 @@ struct ResultsSm90 {
     }
   }
 
-  // Straight from registers: the four lanes that share a row exchange their columns until each has
-  // 16 consecutive bytes.
+  // Straight from registers.
   static JFA_DEVICE void StoreDirectly(const FwdSm90Params& params, const Tile& tile,
                                        float2 normalizer, const Output& out) {
-    const int t = ReadLaneIndex() % 4;
+    const Sequence& sequence = tile.sequence;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = RowScores<4, 1, 1>::RowOf(tile.row0 - kGroupRows, half);
-      const bool valid = row < tile.sequence.q_len;
-      uint16* target =
-          RowPointer(params.fwd.out, tile.batch, tile.head, tile.sequence.q_begin + row) + 8 * t;
-#pragma unroll
-      for (int n = 0; n < C::kHeadDimV / 32; ++n) {
-        uint32 w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          w[i] = PackPair(&out[0][4 * n + i][2 * half], half ? normalizer.y : normalizer.x, valid);
-        }
-        TransposeWords(w, t);
-        if (row < tile.sequence.q_rows && 32 * n + 8 * t < params.fwd.problem.head_dim_v) {
-          StoreGlobal16(target + 32 * n, w);
-        }
-      }
+      StoreRow<C::kBf16>(out, half, half ? normalizer.y : normalizer.x, row < sequence.q_len,
+                         RowPointer(params.fwd.out, tile.batch, tile.head, sequence.q_begin + row),
+                         params.fwd.problem.head_dim_v, row < sequence.q_rows);
     }
   }
 };

@@ -18,6 +18,10 @@ struct TilesSm90 {
     Sequence sequence;
   };
 
+  // With so few, CTAs on one head's keys are too few to read them together, and they must stay in
+  // the L2: smaller sections (ScheduleWork).
+  static constexpr int kFewRowTiles = 16;
+
   // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
   // long and a short one, all equally long, which CTAs that stay can share evenly; middle tiles,
   // where there is an odd number, come after all pairs. Where items are alike, those of one key
@@ -26,7 +30,7 @@ struct TilesSm90 {
     const FwdSm90Params& params;
     int num_row_tiles, blocks_per_head;
     uint32 num_items, item;
-    bool second = false;
+    bool second = false, due = false;
 
     JFA_DEVICE explicit Walk(const FwdSm90Params& p)
         : params(p),
@@ -35,15 +39,14 @@ struct TilesSm90 {
           num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
           item(blockIdx.x) {}
 
-    // All items but the CTAs' first are either taken in turn, or by who is free.
+    // All items but the CTAs' first are either taken in turn, or by who is free. The next one is
+    // asked for when this one begins, and the answer looked at when it is needed.
     JFA_DEVICE void Advance() {
       if (params.counter == nullptr) {
         item += gridDim.x;
-        return;
+      } else if (ReadLaneIndex() == 0) {
+        item = gridDim.x + atomicAdd(params.counter, 1u);
       }
-      uint32 taken = 0;
-      if (ReadLaneIndex() == 0) taken = atomicAdd(params.counter, 1u);
-      item = gridDim.x + __shfl_sync(kFullWarp, taken, 0);
     }
 
     JFA_DEVICE uint32 NumHeads() const {
@@ -51,9 +54,13 @@ struct TilesSm90 {
     }
 
     // False at the end. All lanes of a warp together.
+    template <bool kAsksEarly>
     JFA_DEVICE bool Next(Tile* tile) {
       const ProblemParams& problem = params.fwd.problem;
-      while (item < num_items) {
+      while (true) {
+        if (!kAsksEarly && due) Advance();
+        if (params.counter != nullptr) item = __shfl_sync(kFullWarp, item, 0);
+        if (item >= num_items) return false;
         const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
         const bool alike = kMask == MaskKind::kFull || params.paired;
         WorkItem work;
@@ -61,14 +68,16 @@ struct TilesSm90 {
           work = ScheduleWork(
               item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
               static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask);
+              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask,
+              num_row_tiles <= kFewRowTiles ? 256 : 1024);
         } else {
           const int head = item - middles;
           work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
         }
         const bool last_first = kMask != MaskKind::kFull && !second;
         second = params.paired && !second && item < middles;
-        if (!second) Advance();
+        due = !second;
+        if (kAsksEarly && due) Advance();
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
           continue;
         }
@@ -78,7 +87,6 @@ struct TilesSm90 {
         tile->kv_head = work.head / problem.group;
         return true;
       }
-      return false;
     }
   };
 
