@@ -261,6 +261,7 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   DecodeParams params = decode;
   params.num_ctas = static_cast<int>(share.ctas);
   params.parts_log2 = share.parts_log2;
+  params.parts = share.parts;
   params.merge_log2 = share.merge_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();

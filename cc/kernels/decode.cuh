@@ -303,8 +303,8 @@ struct Decode {
         }
         const float2 all = total(row);
         if (!C::kParts && partial >= 0) {
-          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
+          if (column == 0) scratch.RowsOf(partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
           store(row, column, x, all);
@@ -334,16 +334,18 @@ struct Decode {
     };
     if (!C::kParts && ReadThreadIndex() == 0) {
       const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
-      const int start = walk.begin + walk.tile;
-      scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
-                                     walk.tile < 0 ? walk.batch : -1, walk.unit};
+      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, walk.parts, 0};
+      if (walk.parts == 0) {
+        const int start = walk.begin + walk.tile;
+        scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
+                                       walk.tile < 0 ? walk.batch : -1, walk.unit};
+      }
     }
-    while (walk.tile < walk.length) {
+    while (!walk.AtEnd()) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
-      const int count = tiles.Count(), first = Max(-walk.tile, 0);
-      const int last = Min(walk.length - walk.tile, count);
+      const int count = tiles.Count();
+      const DecodeVisit visit = walk.VisitOf(count);
       const Rows rows(params, walk.batch, walk.unit);
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
@@ -420,7 +422,7 @@ struct Decode {
           }
         }
       };
-      const auto first_key = [&](int i) { return tiles.blocks.At(i) * C::kBlockN; };
+      const auto first_key = [&](int i) { return tiles.blocks.At(visit.At(i)) * C::kBlockN; };
       // Waits for the ring's next buffer.
       const auto wait = [&] {
         MbarrierWait(Full(smem, ring.stage), ring.parity);
@@ -461,7 +463,7 @@ struct Decode {
           Wide::StartOutputs(out, p, smem_v);
         };
 #pragma unroll 1
-        for (int i = first; i + 1 < last; ++i) {
+        for (int i = 0; i + 1 < visit.num; ++i) {
           const bool needs_mask = weigh(first_key(i));
           Wide::StartScores(s, smem + kSmemQ, wait(), row_warp);
           start_outputs(first_key(i), needs_mask);
@@ -470,14 +472,14 @@ struct Decode {
           release(ring.stage);
           ring.Advance();
         }
-        const bool needs_mask = weigh(first_key(last - 1));
-        start_outputs(first_key(last - 1), needs_mask);
+        const bool needs_mask = weigh(first_key(visit.num - 1));
+        start_outputs(first_key(visit.num - 1), needs_mask);
         WgmmaWait<0>();
         Pin(out);
         release(values.stage);
       } else {
 #pragma unroll 1
-        for (int i = first; i < last; ++i) {
+        for (int i = 0; i < visit.num; ++i) {
           Scores s;
           Clear(s);
           ScoreGemm(s, smem + kSmemQ, wait(), row_warp, key_warp, lane);
@@ -493,9 +495,7 @@ struct Decode {
         }
       }
 
-      const int partial = first > 0      ? DecodeScratch::kHead
-                          : last < count ? DecodeScratch::kTail
-                                         : -1;
+      const int partial = walk.PartialOf(visit, count);
       if constexpr (C::kWgmma) {
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
         Wide::Store(params, rows, sequence, partial, out, softmax, smem + kSmemQ, row_warp, lane);
