@@ -67,13 +67,13 @@ int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
   return std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
 }
 
-// In how many parts (log2), one for each CTA of a cluster, each tile of `kernel` should be cut; -1 if
-// stretches, of tiles of `main`, and a second kernel that merges are better.
+// In how many parts (log2), one for each CTA of a cluster, each tile of `kernel` should be cut; -1
+// if stretches, of tiles of `main`, and a second kernel that merges are better.
 int PickParts(const KernelSpec& kernel, const KernelSpec& main, const Problem& problem,
               int multiprocessors) {
   const int64_t tiles = DecodeTiles(kernel, problem), blocks = DecodeBlocks(kernel, problem);
   const int64_t main_tiles = DecodeTiles(main, problem);
-  const bool narrower = main_tiles < tiles;
+  const bool narrower = main_tiles < tiles;  // of fewer rows
   // A tile for each multiprocessor needs no merging, and one CTA keeps up with memory.
   const bool fills = tiles <= multiprocessors && tiles * 10 >= multiprocessors * 9;
   if (fills && problem.alike && !narrower) return 0;
@@ -91,9 +91,9 @@ int PickParts(const KernelSpec& kernel, const KernelSpec& main, const Problem& p
   }
   // Times in units of 50 ns, measured (docs/performance.md). One CTA takes 6 for a block and 3 for
   // each 32 KB of it, but 1 for each pair of copies, of K and V, that it orders; all of them
-  // together read 256 KB from L2 in 1, or 384 KB if several read the same; a second kernel costs 52,
-  // and with the results of 64 rows and more 134. Where parts are longer than kLongest memory is the
-  // limit, and a cluster's CTAs, which can't run anywhere, have less of it.
+  // together read 256 KB from L2 in 1, or 384 KB if several read the same; a second kernel costs
+  // 52, and with the results of 64 rows and more 134. Where parts are longer than kLongest memory
+  // is the limit, and a cluster's CTAs, which can't run anywhere, have less of it.
   constexpr int64_t kLongest = 1024 * 1024, kBytesInTime = 256 * 1024, kSharedInTime = 384 * 1024;
   constexpr int64_t kMergeTime = 52, kWideMergeTime = 134;
   const int64_t block_n = Field(kernel, "kBlockN");

@@ -21,8 +21,10 @@
 //             CTAs of a cluster may take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
 //             they are 8-bit floats, 128 to a panel, and fragments_fp8.cuh has the products.
-// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; for what the
-//             CTAs of a cluster send each other an mbarrier.
+// Barriers    per stage a full and an empty mbarrier; for what the CTAs of a cluster send each
+// other
+//             an mbarrier; kBarriersMade, for all but who makes these; kConsumersDone among
+//             consumers.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
@@ -73,7 +75,7 @@ struct Decode {
   static constexpr int kSmemBarriers = kSmemStats + 8 * kMergedRows;
   static constexpr int kSmemResults = kSmemBarriers + 16 * C::kStages;  // the cluster's mbarrier
   static constexpr int kSmemBytes = kSmemResults + 16;
-  enum NamedBarrier { kConsumersDone = 1 };
+  enum NamedBarrier { kConsumersDone = 1, kBarriersMade };
 
   static_assert(C::kRows == 16 * kRowWarps && kConsumerWarps == kRowWarps * kKeyWarps,
                 "the warps share out the rows");
@@ -509,21 +511,36 @@ struct Decode {
 
   static JFA_DEVICE void Run(const DecodeParams& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    if (C::kTma && threadIdx.x == 0) {
-      TmaPrefetch(&params.k);
-      TmaPrefetch(&params.v);
-    }
-    // A thread of each warp, because one takes its time for many barriers.
-    if (threadIdx.x % kWarpSize == 0) {
-      const int warp = threadIdx.x / kWarpSize;
-      for (int stage = warp; stage < C::kStages; stage += C::kWarps) {
-        MbarrierInit(Full(smem, stage), C::kTma ? 1 : kProducerWarps * kWarpSize);
-        MbarrierInit(Empty(smem, stage), kConsumerWarps);
+    if constexpr (C::kTma) {
+      // The warp that orders the first copies makes the barriers, and waits for nobody.
+      constexpr int kThreads = C::kWarps * kWarpSize;
+      if (threadIdx.x / kWarpSize == kConsumerWarps) {
+        const int lane = threadIdx.x % kWarpSize;
+        if (lane == 0) {
+          TmaPrefetch(&params.k);
+          TmaPrefetch(&params.v);
+          if (C::kParts) MbarrierInit(smem + kSmemResults, 1);
+        }
+        for (int stage = lane; stage < C::kStages; stage += kWarpSize) {
+          MbarrierInit(Full(smem, stage), 1);
+          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+        }
+        FenceMbarrierInit();
+        __syncwarp();
+        NamedBarrierArrive(kBarriersMade, kThreads);
+      } else {
+        NamedBarrierSync(kBarriersMade, kThreads);
       }
-      if (C::kParts && warp == 0) MbarrierInit(smem + kSmemResults, 1);
-      if constexpr (C::kTma) FenceMbarrierInit();
+    } else {
+      // A thread of each warp, because one takes its time for many barriers.
+      if (threadIdx.x % kWarpSize == 0) {
+        for (int stage = threadIdx.x / kWarpSize; stage < C::kStages; stage += C::kWarps) {
+          MbarrierInit(Full(smem, stage), kProducerWarps * kWarpSize);
+          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
     LetKernelBehindStart();
     constexpr bool kGive = C::kWgmma && C::kMinBlocks * C::kWarps > 8;
     if (threadIdx.x < kConsumers) {

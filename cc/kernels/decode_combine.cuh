@@ -150,8 +150,7 @@ struct DecodeCombine {
         }
       }
       if (has_columns && share == 0) {
-        StoreResult<C::kBf16>(params.fwd, sequence, batch, head, token, column, sum.x,
-                              sum.total);
+        StoreResult<C::kBf16>(params.fwd, sequence, batch, head, token, column, sum.x, sum.total);
       }
     }
   }

@@ -13,9 +13,9 @@
 // stretch (head), and of one that ends after it (tail). The combine kernel merges them, in the
 // order of the CTAs: nothing depends on timing.
 //
-// Where all tiles visit as many blocks, and the CTAs are a multiple of the tiles or the reverse, each
-// tile is in equal parts instead, whose CTAs take its blocks in turns. What is read at the same time
-// then lies beside each other, all heads of a token first, which memory is faster at:
+// Where all tiles visit as many blocks, and the CTAs are a multiple of the tiles or the reverse,
+// each tile is in equal parts instead, whose CTAs take its blocks in turns. What is read at the
+// same time then lies beside each other, all heads of a token first, which memory is faster at:
 //
 //   b0 k0  |0 1 2 0 1 2 ...      CTAs, by what they take: b0 part 0 k0, b0 part 0 k1, ...,
 //   b0 k1  |0 1 2 0 1 2 ...      b0 part 1 k0, ..., b1 part 0 k0, ...
@@ -106,7 +106,8 @@ struct DecodeVisit {
   JFA_DEVICE int At(int i) const { return first + i * step; }
 };
 
-// The stretch of one CTA, or its parts of tiles, and the tile that it stands at. Used by whole warps.
+// The stretch of one CTA, or its parts of tiles, and the tile that it stands at. Used by whole
+// warps.
 template <MaskKind kMask, int kBlockN, int kTileHeads, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
@@ -203,8 +204,8 @@ struct DecodeWalk {
   JFA_DEVICE int PartialOf(const DecodeVisit& visit, int count) const {
     if (visit.num == count) return -1;
     const int slot = parts > 0 ? (batch * num_units + unit) * parts + part : blockIdx.x;
-    return DecodeScratch::PartialOf(
-        slot, visit.first > 0 ? DecodeScratch::kHead : DecodeScratch::kTail);
+    return DecodeScratch::PartialOf(slot,
+                                    visit.first > 0 ? DecodeScratch::kHead : DecodeScratch::kTail);
   }
 
   // To the next tile; `count` is the number of blocks of this one.
