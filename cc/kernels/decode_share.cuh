@@ -200,9 +200,10 @@ struct DecodeWalk {
     const int first = Max(-tile, 0);
     return {first, 1, Min(length - tile, count) - first};
   }
-  // The number in scratch of what such a visit yields; -1 if that is the whole tile's result.
+  // The number in scratch of what such a visit yields; -1 if that is the whole tile's result, or is
+  // sent to the cluster.
   JFA_DEVICE int PartialOf(const DecodeVisit& visit, int count) const {
-    if (visit.num == count) return -1;
+    if (kParts || visit.num == count) return -1;
     const int slot = parts > 0 ? (batch * num_units + unit) * parts + part : blockIdx.x;
     return DecodeScratch::PartialOf(slot,
                                     visit.first > 0 ? DecodeScratch::kHead : DecodeScratch::kTail);
@@ -210,6 +211,10 @@ struct DecodeWalk {
 
   // To the next tile; `count` is the number of blocks of this one.
   JFA_DEVICE void Advance(int count) {
+    if constexpr (kParts) {
+      tile = length;
+      return;
+    }
     if (parts > 0) {
       tile += gridDim.x;
       TakePart();
