@@ -294,6 +294,7 @@ Status LaunchDecode(const Launcher& launcher, const DecodeParams& decode) {
   const KernelSpec& kernel = launcher.plan.kernels[share.kernel];
   params.num_ctas = static_cast<int>(share.ctas);
   params.parts_log2 = share.parts_log2;
+  params.parts = share.parts;
   params.merge_log2 = share.merge_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();

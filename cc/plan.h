@@ -132,6 +132,7 @@ struct DecodeShare {
   int64_t ctas = 0;               // 0: the call can't be run
   int kernel = kDecodeStretches;  // of the plan: that one, or kDecodeParts
   int parts_log2 = 0;             // kDecodeParts: how many CTAs, a cluster, share one tile
+  int parts = 0;                  // kDecodeStretches: of a tile, if all visit as many blocks; or 0
   int merge_log2 = 0;             // kDecodeCombine: how many warps merge a row
 };
 
