@@ -53,8 +53,7 @@ std::string Text(const Tensor& x) { return ShapeText(x.dtype, x.dims, x.rank); }
 // Operands, then results, one after the other. The first error stays, later ones are dropped.
 class Reader {
  public:
-  Reader(const TensorList& args, const TensorList& rets, Memory memory)
-      : args_(args), rets_(rets), memory_(memory) {}
+  Reader(const TensorList& args, const TensorList& rets) : args_(args), rets_(rets) {}
 
   // An operand of any shape with that many axes.
   Tensor NextOfRank(const char* name, size_t rank) {
@@ -91,15 +90,15 @@ class Reader {
     }
   }
 
-  // Address of `x`, checked where there is memory.
+  // Address of `x`, checked where it isn't empty.
   void* Data(const char* name, const Tensor& x) {
-    if (!status_.ok() || memory_ == Memory::kNone) return nullptr;
+    if (!status_.ok()) return nullptr;
     const bool empty = std::any_of(x.dims, x.dims + x.rank, [](int64_t d) { return d == 0; });
     if (empty) return nullptr;
     if (x.data == nullptr) Fail(std::string(name) + " has no memory");
     const auto address = reinterpret_cast<uintptr_t>(x.data);
     const uintptr_t alignment = x.dtype == ElementType::kS32 ? kWordAlignment : kAlignment;
-    if (address % alignment != 0) {
+    if ((address & (alignment - 1)) != 0) {
       Fail(std::string(name) + " must be aligned to " + std::to_string(alignment) +
            " bytes, got address " + std::to_string(address));
     }
@@ -143,7 +142,6 @@ class Reader {
 
   const TensorList& args_;
   const TensorList& rets_;
-  Memory memory_;
   Status status_;
   size_t next_arg_ = 0;
   size_t next_ret_ = 0;
@@ -453,10 +451,10 @@ Status ReadVariant(Target target, const Attributes& attrs, Variant* variant) {
   return ForcedFamily(&variant->family);
 }
 
-Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
-                const TensorList& rets, Memory memory, Call* call) {
-  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &call->variant));
-  Reader reader(args, rets, memory);
+Status ReadCall(Target target, const Attributes& attrs, const Variant& variant,
+                const TensorList& args, const TensorList& rets, Call* call) {
+  call->variant = variant;
+  Reader reader(args, rets);
   ReadInputs(attrs, reader, call);
   if (!reader.ok()) return reader.status();
   const ElementType dtype = attrs.is_bf16 ? ElementType::kBF16 : ElementType::kF16;

@@ -85,16 +85,14 @@ struct Tensor {
   void* data;
 };
 
-// Operands or results. `size` is the true number; no valid call has more than `items` holds.
+// Operands or results. `size` is the true number; no valid call has more than `items` holds, of
+// which those beyond are left as they are.
 struct TensorList {
   std::array<Tensor, 20> items;
   size_t size = 0;
 };
 
-// Whether operands have memory: they do in Execute, before that only shapes.
-enum class Memory { kNone, kDevice };
-
-// Sizes and addresses of one call; the addresses are null before Execute.
+// Sizes and addresses of one call; addresses are null where nothing is given, or it is empty.
 struct Call {
   Variant variant{};
   Problem sizes{};
@@ -122,13 +120,14 @@ Status ForcedCluster(int* size);
 // What a handler runs; kServe decides by its attributes between the two others that it can.
 enum class Target { kFwd, kBwd, kServe };
 
-// What changes code; from attributes alone, since a runtime need not show operands while it
-// compiles.
+// What changes code, and the checks of attributes; from these alone, since a runtime need not show
+// operands while it compiles.
 Status ReadVariant(Target target, const Attributes& attrs, Variant* variant);
 
-// Checks everything; the error names the operand, what was expected and what was there.
-Status ReadCall(Target target, const Attributes& attrs, const TensorList& args,
-                const TensorList& rets, Memory memory, Call* call);
+// Checks all operands and results against the attributes, of which ReadVariant made `variant`; the
+// error names the operand, what was expected and what was there.
+Status ReadCall(Target target, const Attributes& attrs, const Variant& variant,
+                const TensorList& args, const TensorList& rets, Call* call);
 
 FwdParams ToFwdParams(const Attributes& attrs, const Call& call);
 // Without what depends on the kernel: boxes, CTAs, tiles.

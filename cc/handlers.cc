@@ -1,12 +1,13 @@
 // XLA FFI handlers of the CUDA kernels: buffers -> params, and when to compile, load and launch.
 //
-//   Instantiate  once per call site, while XLA compiles, from several threads: plan, compile.
+//   Instantiate  once per call site, while XLA compiles, from several threads: attributes, plan,
+//                compile.
 //   Initialize   before every run, per device: load the kernels there, the first time.
 //   Execute      fill the parameters, launch. Captured into CUDA graphs by default: no allocation,
 //                no waiting, nothing that depends on anything but its arguments.
 //
-// Operands are checked in every stage: a custom call can come from a file, and a wrong one must be
-// an error and not a crash.
+// Everything is checked: a custom call can come from a file, and a wrong one must be an error and
+// not a crash.
 #include "cc/handlers.h"
 
 #include <algorithm>
@@ -62,21 +63,21 @@ Tensor ToTensor(const ffi::AnyBuffer& buffer) {
 
 // What isn't a buffer (XLA has no such operand today) has no axes and fails the checks.
 TensorList ToTensors(ffi::RemainingArgs args) {
-  TensorList list{};
+  TensorList list;
   list.size = args.size();
   for (size_t i = 0; i < std::min(list.size, list.items.size()); ++i) {
     auto buffer = args.get<ffi::AnyBuffer>(i);
-    if (buffer.has_value()) list.items[i] = ToTensor(*buffer);
+    list.items[i] = buffer.has_value() ? ToTensor(*buffer) : Tensor{};
   }
   return list;
 }
 
 TensorList ToTensors(ffi::RemainingRets rets) {
-  TensorList list{};
+  TensorList list;
   list.size = rets.size();
   for (size_t i = 0; i < std::min(list.size, list.items.size()); ++i) {
     auto buffer = rets.get<ffi::AnyBuffer>(i);
-    if (buffer.has_value()) list.items[i] = ToTensor(**buffer);
+    list.items[i] = buffer.has_value() ? ToTensor(**buffer) : Tensor{};
   }
   return list;
 }
@@ -87,10 +88,15 @@ TensorList ToTensors(ffi::RemainingRets rets) {
 
 struct ArchKernels {
   int arch = 0;
-  Variant variant{};
   Plan plan;
   std::vector<jit::Result> compiled;
   std::vector<launch::LoadedKernel*> loaded;  // filled before a device points here
+};
+
+struct DeviceKernels {
+  const ArchKernels* arch;
+  int multiprocessors;
+  launch::TensorMaps maps;
 };
 
 }  // namespace
@@ -99,9 +105,14 @@ struct ArchKernels {
 struct CudaState {
   static ffi::TypeId id;
 
-  std::mutex mutex;  // guards `built`
+  // The same in every run, so Instantiate alone reads them.
+  Attributes attrs;
+  Variant variant{};
+
+  std::mutex mutex;  // guards `built` and `devices`
   std::vector<std::unique_ptr<ArchKernels>> built;
-  std::array<std::atomic<const ArchKernels*>, kMaxDevices> by_device{};
+  std::vector<std::unique_ptr<DeviceKernels>> devices;
+  std::array<std::atomic<DeviceKernels*>, kMaxDevices> by_device{};
 };
 
 // Not 0: XLA would assign one then, and must have done so before it sees a handler with this state.
@@ -110,17 +121,16 @@ ffi::TypeId CudaState::id = {7700001};
 namespace {
 
 // Plans and compiles for one architecture; what is there already is found. `mutex` is held.
-Status Build(CudaState& state, const Variant& variant, int arch, ArchKernels** kernels) {
+Status Build(CudaState& state, int arch, ArchKernels** kernels) {
   for (const auto& built : state.built) {
-    if (built->arch == arch && built->variant == variant) {
+    if (built->arch == arch) {
       *kernels = built.get();
       return OkStatus();
     }
   }
   auto built = std::make_unique<ArchKernels>();
   built->arch = arch;
-  built->variant = variant;
-  built->plan = MakePlan(variant, arch);
+  built->plan = MakePlan(state.variant, arch);
   JFA_RETURN_IF_ERROR(jit::CompilePlan(built->plan, arch, &built->compiled));
   *kernels = built.get();
   state.built.push_back(std::move(built));
@@ -128,22 +138,22 @@ Status Build(CudaState& state, const Variant& variant, int arch, ArchKernels** k
 }
 
 // The kernels of a call on a device: loaded, and ready to be launched. One atomic load once done.
-Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
-                  const ArchKernels** ready) {
+Status KernelsFor(CudaState& state, int ordinal, DeviceKernels** ready) {
   if (ordinal < 0 || ordinal >= kMaxDevices) {
     return Internal("jax_flashattn: device ordinal " + std::to_string(ordinal) + " isn't below " +
                     std::to_string(kMaxDevices));
   }
   *ready = state.by_device[ordinal].load(std::memory_order_acquire);
-  if (*ready != nullptr) {
-    if ((*ready)->variant == variant) return OkStatus();
-    return Internal("jax_flashattn: a call site changed its dtype or head dims between runs");
-  }
-  int arch;
+  if (*ready != nullptr) return OkStatus();
+  int arch, multiprocessors;
   JFA_RETURN_IF_ERROR(driver::DeviceArch(ordinal, &arch));
+  JFA_RETURN_IF_ERROR(driver::DeviceMultiprocessors(ordinal, &multiprocessors));
   std::lock_guard<std::mutex> lock(state.mutex);
+  if ((*ready = state.by_device[ordinal].load(std::memory_order_relaxed)) != nullptr) {
+    return OkStatus();
+  }
   ArchKernels* kernels;
-  JFA_RETURN_IF_ERROR(Build(state, variant, arch, &kernels));
+  JFA_RETURN_IF_ERROR(Build(state, arch, &kernels));
   if (kernels->loaded.empty()) {
     std::vector<launch::LoadedKernel*> loaded;
     for (size_t i = 0; i < kernels->compiled.size(); ++i) {
@@ -159,31 +169,49 @@ Status KernelsFor(CudaState& state, const Variant& variant, int ordinal,
   for (launch::LoadedKernel* kernel : kernels->loaded) {
     JFA_RETURN_IF_ERROR(launch::PrepareDevice(kernel, ordinal));
   }
-  state.by_device[ordinal].store(kernels, std::memory_order_release);
-  *ready = kernels;
+  auto device = std::make_unique<DeviceKernels>();
+  device->arch = kernels;
+  device->multiprocessors =
+      static_cast<int>(std::max<int64_t>(multiprocessors - state.attrs.sm_margin, 1));
+  *ready = device.get();
+  state.devices.push_back(std::move(device));
+  state.by_device[ordinal].store(*ready, std::memory_order_release);
   return OkStatus();
 }
 
+// One call on its way: what it is, where it runs, and how its work is shared out there.
+struct Launcher {
+  const Call& call;
+  const Plan& plan;
+  DeviceKernels& device;
+  Share share;
+  driver::CuStream stream;
+};
+
 template <typename Params>
-Status LaunchAll(const ArchKernels& kernels, const Call& call, const Params& params,
-                 int multiprocessors, driver::CuStream stream) {
-  for (size_t i = 0; i < kernels.loaded.size(); ++i) {
+Status LaunchAll(const Launcher& launcher, const Params& params) {
+  const Call& call = launcher.call;
+  const std::vector<KernelSpec>& kernels = launcher.plan.kernels;
+  for (size_t i = 0; i < kernels.size(); ++i) {
     const Grid grid =
-        MakeGrid(kernels.plan, static_cast<int>(i), kernels.variant, call.sizes, multiprocessors);
+        MakeGrid(launcher.plan, static_cast<int>(i), call.variant, call.sizes, launcher.share);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) continue;
-    const KernelSpec& kernel = kernels.plan.kernels[i];
     JFA_RETURN_IF_ERROR(launch::Launch(
-        *kernels.loaded[i],
-        {{grid.x, grid.y, grid.z}, kernel.threads, grid.cluster, kernel.starts_early}, stream,
-        &params, sizeof(params)));
+        *launcher.device.arch->loaded[i],
+        {{grid.x, grid.y, grid.z}, kernels[i].threads, grid.cluster, kernels[i].starts_early},
+        launcher.stream, &params, sizeof(params)));
   }
   return OkStatus();
 }
 
+// Places of TensorMaps.
+enum MapPlace { kMapQ, kMapK, kMapV, kMapOut };
+
 // The maps of keys and values, whose boxes are the kernel's blocks of keys, or as much of one as is
 // surely in one page. `once`: each key is read by one CTA.
-Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& kernel, bool once,
-                     int* box_rows, TensorMap* k, TensorMap* v) {
+Status EncodeKeyMaps(const Launcher& launcher, const FwdParams& fwd, const KernelSpec& kernel,
+                     bool once, int* box_rows, TensorMap* k, TensorMap* v) {
+  const Call& call = launcher.call;
   const ProblemParams& p = fwd.problem;
   const bool paged = fwd.pages.table != nullptr;
   const int64_t rows = paged ? call.page_size : p.kv_len, batch = paged ? call.num_pages : p.batch;
@@ -192,75 +220,81 @@ Status EncodeKeyMaps(const Call& call, const FwdParams& fwd, const KernelSpec& k
   // Where a box has several heads, all of them are one row of the map.
   const int64_t heads_in_row = kernel.box_heads > 1 ? p.num_kv_heads : 1;
   const int64_t heads = p.num_kv_heads / heads_in_row;
-  const auto encode = [&](const TensorArg& tensor, int64_t dim, TensorMap* map) {
+  const auto encode = [&](MapPlace place, const TensorArg& tensor, int64_t dim, TensorMap* map) {
     // Of each key a box has 128 bytes. Were the L2 to fetch more, the box of the next 128 would
     // come while it does, and memory be read twice.
     const int64_t row = kernel.box_heads * dim;
     const int64_t fetched = once ? std::min<int64_t>(row, 128 / bytes) : row;
-    return launch::EncodeTensorMap(
-        tensor, {heads_in_row * dim, rows, heads, batch, *box_rows, bytes, fetched}, call.q, map);
+    return launcher.device.maps.Encode(
+        place, tensor, {heads_in_row * dim, rows, heads, batch, *box_rows, bytes, fetched}, call.q,
+        map);
   };
-  JFA_RETURN_IF_ERROR(encode(fwd.k, p.head_dim, k));
-  return encode(fwd.v, p.head_dim_v, v);
+  JFA_RETURN_IF_ERROR(encode(kMapK, fwd.k, p.head_dim, k));
+  return encode(kMapV, fwd.v, p.head_dim_v, v);
 }
 
 // The Hopper forward wants tensor maps in front.
-Status LaunchFwd(const ArchKernels& kernels, const Call& call, const FwdParams& fwd,
-                 int multiprocessors, driver::CuStream stream) {
-  const KernelSpec& kernel = kernels.plan.kernels.front();
-  if (kernel.box_rows_q == 0) return LaunchAll(kernels, call, fwd, multiprocessors, stream);
+Status LaunchFwd(const Launcher& launcher, const FwdParams& fwd) {
+  const Call& call = launcher.call;
+  const KernelSpec& kernel = launcher.plan.kernels.front();
+  if (kernel.box_rows_q == 0) return LaunchAll(launcher, fwd);
   if (call.q == nullptr) return OkStatus();  // nothing to map, and nothing to launch
   const ProblemParams& p = fwd.problem;
   FwdSm90Params params{};
   params.fwd = fwd;
-  if (CountsTiles(kernels.plan, kernels.variant, call.sizes)) {
+  params.paired = launcher.share.forward.paired;
+  if (launcher.share.forward.counted) {
     params.counter = static_cast<unsigned*>(call.tile_counter);
-    JFA_RETURN_IF_ERROR(launch::FillBytes(params.counter, 0, sizeof(unsigned), stream));
+    JFA_RETURN_IF_ERROR(launch::FillBytes(params.counter, 0, sizeof(unsigned), launcher.stream));
   }
-  params.paired = PairsTiles(kernels.plan, kernels.variant, call.sizes, multiprocessors);
-  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes}, call.q,
-      &params.q));
+  launch::TensorMaps& maps = launcher.device.maps;
+  JFA_RETURN_IF_ERROR(maps.Encode(
+      kMapQ, fwd.q, {p.head_dim, p.q_len, p.num_heads, p.batch, kernel.box_rows_q, kernel.q_bytes},
+      call.q, &params.q));
   JFA_RETURN_IF_ERROR(
-      EncodeKeyMaps(call, fwd, kernel, false, &params.box_rows, &params.k, &params.v));
+      EncodeKeyMaps(launcher, fwd, kernel, false, &params.box_rows, &params.k, &params.v));
   constexpr int kGroupRows = 64;  // FwdSm90::kGroupRows
-  JFA_RETURN_IF_ERROR(launch::EncodeTensorMap(
-      fwd.out, {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q, &params.out));
-  return LaunchAll(kernels, call, params, multiprocessors, stream);
+  JFA_RETURN_IF_ERROR(maps.Encode(kMapOut, fwd.out,
+                                  {p.head_dim_v, p.q_len, p.num_heads, p.batch, kGroupRows}, call.q,
+                                  &params.out));
+  return LaunchAll(launcher, params);
 }
 
 // The main kernel of the Hopper family wants tensor maps.
-Status LaunchBwd(const ArchKernels& kernels, const Call& call, const BwdParams& bwd,
-                 int multiprocessors, driver::CuStream stream) {
+Status LaunchBwd(const Launcher& launcher, const BwdParams& bwd) {
   BwdParams params = bwd;
+  const Call& call = launcher.call;
   const ProblemParams& p = params.problem;
-  const KernelSpec& kernel = kernels.plan.kernels[1];
+  const KernelSpec& kernel = launcher.plan.kernels[1];
   // Without queries keys still get their zeros.
   void* const stand_in = call.q != nullptr ? call.q : call.k;
   if (kernel.box_rows_q != 0 && stand_in != nullptr) {
-    const auto encode = [&](const TensorArg& tensor, int dim, int rows, int heads, int box_rows,
-                            TensorMap* map) {
-      return launch::EncodeTensorMap(tensor, {dim, rows, heads, p.batch, box_rows}, stand_in, map);
+    const auto encode = [&](MapPlace place, const TensorArg& tensor, int dim, int rows, int heads,
+                            int box_rows, TensorMap* map) {
+      return launcher.device.maps.Encode(place, tensor, {dim, rows, heads, p.batch, box_rows},
+                                         stand_in, map);
     };
     const int rows_q = kernel.box_rows_q, rows_kv = kernel.box_rows_kv;
-    JFA_RETURN_IF_ERROR(encode(params.q, p.head_dim, p.q_len, p.num_heads, rows_q, &params.maps.q));
     JFA_RETURN_IF_ERROR(
-        encode(params.dout, p.head_dim_v, p.q_len, p.num_heads, rows_q, &params.maps.dout));
+        encode(kMapQ, params.q, p.head_dim, p.q_len, p.num_heads, rows_q, &params.maps.q));
+    JFA_RETURN_IF_ERROR(encode(kMapOut, params.dout, p.head_dim_v, p.q_len, p.num_heads, rows_q,
+                               &params.maps.dout));
     JFA_RETURN_IF_ERROR(
-        encode(params.k, p.head_dim, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.k));
+        encode(kMapK, params.k, p.head_dim, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.k));
     JFA_RETURN_IF_ERROR(
-        encode(params.v, p.head_dim_v, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.v));
+        encode(kMapV, params.v, p.head_dim_v, p.kv_len, p.num_kv_heads, rows_kv, &params.maps.v));
   }
-  return LaunchAll(kernels, call, params, multiprocessors, stream);
+  return LaunchAll(launcher, params);
 }
 
-Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodeParams& decode,
-                    int multiprocessors, driver::CuStream stream) {
-  const DecodeShare share = ShareDecode(kernels.plan, call.sizes, multiprocessors);
-  const KernelSpec& kernel = kernels.plan.kernels[share.kernel];
+Status LaunchDecode(const Launcher& launcher, const DecodeParams& decode) {
   DecodeParams params = decode;
+  const Call& call = launcher.call;
+  const DecodeShare& share = launcher.share.decode;
+  const KernelSpec& kernel = launcher.plan.kernels[share.kernel];
   params.num_ctas = static_cast<int>(share.ctas);
   params.parts_log2 = share.parts_log2;
+  params.parts = share.parts;
   params.merge_log2 = share.merge_log2;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
@@ -274,9 +308,9 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
   params.rows *= DecodeTileHeads(kernel);
   if (kernel.box_rows_kv != 0) {
     JFA_RETURN_IF_ERROR(
-        EncodeKeyMaps(call, params.fwd, kernel, true, &params.box_rows, &params.k, &params.v));
+        EncodeKeyMaps(launcher, params.fwd, kernel, true, &params.box_rows, &params.k, &params.v));
   }
-  return LaunchAll(kernels, call, params, multiprocessors, stream);
+  return LaunchAll(launcher, params);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -284,32 +318,26 @@ Status LaunchDecode(const ArchKernels& kernels, const Call& call, const DecodePa
 // ---------------------------------------------------------------------------------------------
 
 Status Instantiate(Target target, const Attributes& attrs, CudaState& state) {
-  Variant variant;
-  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &variant));
+  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &state.variant));
+  state.attrs = attrs;
   int arch = static_cast<int>(attrs.arch);
   if (arch == 0) JFA_RETURN_IF_ERROR(driver::CurrentArch(&arch));
   std::lock_guard<std::mutex> lock(state.mutex);
   ArchKernels* kernels;
-  return Build(state, variant, arch, &kernels);
+  return Build(state, arch, &kernels);
 }
 
-Status Initialize(Target target, const Attributes& attrs, int ordinal, CudaState* state) {
-  // Every run comes through here, so the common case leaves at once.
-  if (ordinal >= 0 && ordinal < kMaxDevices &&
-      state->by_device[ordinal].load(std::memory_order_acquire) != nullptr) {
-    return OkStatus();
-  }
-  Variant variant;
-  JFA_RETURN_IF_ERROR(ReadVariant(target, attrs, &variant));
-  const ArchKernels* kernels;
-  return KernelsFor(*state, variant, ordinal, &kernels);
+Status Initialize(int ordinal, CudaState* state) {
+  DeviceKernels* device;  // every run comes through here, so the common case is one atomic load
+  return KernelsFor(*state, ordinal, &device);
 }
 
-Status Execute(Target target, const Attributes& attrs, driver::CuStream stream, int ordinal,
-               CudaState* state, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+Status Execute(Target target, driver::CuStream stream, int ordinal, CudaState* state,
+               ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  const Attributes& attrs = state->attrs;
   Call call;
   JFA_RETURN_IF_ERROR(
-      ReadCall(target, attrs, ToTensors(args), ToTensors(rets), Memory::kDevice, &call));
+      ReadCall(target, attrs, state->variant, ToTensors(args), ToTensors(rets), &call));
   if (call.dslopes != nullptr && call.sizes.q_len == 0) {
     // No tile of queries is there to clear them. Everything else the kernels fill themselves, for
     // no keys too.
@@ -317,20 +345,21 @@ Status Execute(Target target, const Attributes& attrs, driver::CuStream stream, 
     JFA_RETURN_IF_ERROR(
         launch::FillBytes(call.dslopes, 0, heads * call.slope_partials * sizeof(float), stream));
   }
-  const ArchKernels* kernels;  // loaded by Initialize: one atomic load here
-  JFA_RETURN_IF_ERROR(KernelsFor(*state, call.variant, ordinal, &kernels));
-  int multiprocessors;
-  JFA_RETURN_IF_ERROR(driver::DeviceMultiprocessors(ordinal, &multiprocessors));
-  multiprocessors = static_cast<int>(std::max<int64_t>(multiprocessors - attrs.sm_margin, 1));
+  DeviceKernels* device;  // loaded by Initialize: one atomic load here
+  JFA_RETURN_IF_ERROR(KernelsFor(*state, ordinal, &device));
+  const Plan& plan = device->arch->plan;
+  const Launcher launcher = {call, plan, *device,
+                             ShareWork(plan, call.variant, call.sizes, device->multiprocessors),
+                             stream};
   switch (call.variant.op) {
     case Op::kFwd:
-      return LaunchFwd(*kernels, call, ToFwdParams(attrs, call), multiprocessors, stream);
+      return LaunchFwd(launcher, ToFwdParams(attrs, call));
     case Op::kBwd:
-      return LaunchBwd(*kernels, call, ToBwdParams(attrs, call), multiprocessors, stream);
+      return LaunchBwd(launcher, ToBwdParams(attrs, call));
     case Op::kDecode:
       break;
   }
-  return LaunchDecode(*kernels, call, ToDecodeParams(attrs, call), multiprocessors, stream);
+  return LaunchDecode(launcher, ToDecodeParams(attrs, call));
 }
 
 ffi::Error ToError(const Status& status) {
@@ -428,14 +457,14 @@ struct Handlers<target, make> {
     return state;
   }
 
-  static ffi::Error OnInitialize(int32_t ordinal, CudaState* state, A... attrs) {
-    return Guard([&] { return Initialize(target, make(attrs...), ordinal, state); });
+  // Without attributes, which FFI would decode in every run.
+  static ffi::Error OnInitialize(int32_t ordinal, CudaState* state) {
+    return Guard([&] { return Initialize(ordinal, state); });
   }
 
   static ffi::Error OnExecute(driver::CuStream stream, int32_t ordinal, CudaState* state,
-                              ffi::RemainingArgs args, ffi::RemainingRets rets, A... attrs) {
-    return Guard(
-        [&] { return Execute(target, make(attrs...), stream, ordinal, state, args, rets); });
+                              ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Guard([&] { return Execute(target, stream, ordinal, state, args, rets); });
   }
 };
 
@@ -507,23 +536,19 @@ auto BindExecute() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdInstantiate, Fwd::OnInstantiate,
                               BindFwdAttributes(BindInstantiate()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdInitialize, Fwd::OnInitialize,
-                              BindFwdAttributes(BindInitialize()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdExecute, Fwd::OnExecute, BindFwdAttributes(BindExecute()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdInitialize, Fwd::OnInitialize, BindInitialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFwdExecute, Fwd::OnExecute, BindExecute(),
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInstantiate, Bwd::OnInstantiate,
                               BindBwdAttributes(BindInstantiate()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInitialize, Bwd::OnInitialize,
-                              BindBwdAttributes(BindInitialize()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdExecute, Bwd::OnExecute, BindBwdAttributes(BindExecute()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdInitialize, Bwd::OnInitialize, BindInitialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBwdExecute, Bwd::OnExecute, BindExecute(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeInstantiate, Serve::OnInstantiate,
                               BindServeAttributes(BindInstantiate()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeInitialize, Serve::OnInitialize,
-                              BindServeAttributes(BindInitialize()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeExecute, Serve::OnExecute,
-                              BindServeAttributes(BindExecute()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeInitialize, Serve::OnInitialize, BindInitialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaServeExecute, Serve::OnExecute, BindExecute(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_TypeId* CudaStateTypeId() { return &CudaState::id; }

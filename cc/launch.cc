@@ -2,9 +2,11 @@
 #include "cc/launch.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 namespace jfa::launch {
@@ -129,12 +131,13 @@ Status Launch(const LoadedKernel& kernel, const LaunchShape& shape, driver::CuSt
                   " bytes of shared memory");
 }
 
-Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in,
-                       TensorMap* map) {
-  const Cuda* cuda;
-  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+namespace {
+
+static_assert(std::has_unique_object_representations_v<TensorMapSource>, "compared as bytes");
+
+TensorMapSource SourceOf(const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in) {
   // Any type of the width: nothing is computed on the way.
-  constexpr int kUint8 = 0, kUint16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
+  constexpr int kUint8 = 0, kUint16 = 1;
   // How much the L2 fetches at a time: no more than a row, what follows is of another head.
   constexpr int kPromotion64 = 1, kPromotion128 = 2, kPromotion256 = 3;
   const int width = spec.element_bytes;
@@ -146,18 +149,44 @@ Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void*
   constexpr unsigned int kBoxBytes = 128;
   const auto extent = [](int64_t x) { return static_cast<uint64_t>(std::max<int64_t>(x, 1)); };
   const auto bytes = [&](long long x) { return static_cast<uint64_t>(x) * width; };
-  const uint64_t dims[] = {extent(spec.columns), extent(spec.rows), extent(spec.heads),
-                           extent(spec.batch)};
-  const uint64_t strides[] = {bytes(tensor.row_stride), bytes(tensor.head_stride),
-                              std::max<uint64_t>(bytes(tensor.batch_stride), 16)};
-  const unsigned int box[] = {kBoxBytes / width, static_cast<unsigned int>(spec.box_rows), 1, 1};
+  return {tensor.data != nullptr ? tensor.data : stand_in,
+          {extent(spec.columns), extent(spec.rows), extent(spec.heads), extent(spec.batch)},
+          {bytes(tensor.row_stride), bytes(tensor.head_stride),
+           std::max<uint64_t>(bytes(tensor.batch_stride), 16)},
+          {kBoxBytes / width, static_cast<unsigned int>(spec.box_rows), 1, 1},
+          width == 1 ? kUint8 : kUint16,
+          promotion};
+}
+
+Status EncodeMap(const TensorMapSource& source, TensorMap* map) {
+  const Cuda* cuda;
+  JFA_RETURN_IF_ERROR(driver::GetCuda(&cuda));
+  constexpr int kNoInterleave = 0, kSwizzle128 = 3, kZeroFill = 0;
   const unsigned int steps[] = {1, 1, 1, 1};
   return driver::Check(
       *cuda,
-      cuda->tensor_map_encode_tiled(map, width == 1 ? kUint8 : kUint16, 4,
-                                    tensor.data != nullptr ? tensor.data : stand_in, dims, strides,
-                                    box, steps, kNoInterleave, kSwizzle128, promotion, kZeroFill),
+      cuda->tensor_map_encode_tiled(map, source.dtype, 4, source.data, source.dims, source.strides,
+                                    source.box, steps, kNoInterleave, kSwizzle128, source.promotion,
+                                    kZeroFill),
       "cuTensorMapEncodeTiled");
+}
+
+}  // namespace
+
+Status TensorMaps::Encode(int place, const TensorArg& tensor, const TensorMapSpec& spec,
+                          void* stand_in, TensorMap* map) {
+  const TensorMapSource source = SourceOf(tensor, spec, stand_in);
+  Entry& entry = entries_[place];
+  // Another thread is at the same call site: rather encode twice than wait.
+  std::unique_lock<std::mutex> lock(entry.mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return EncodeMap(source, map);
+  if (std::memcmp(&source, &entry.source, sizeof(source)) != 0) {
+    entry.source = {};  // stays so if encoding fails
+    JFA_RETURN_IF_ERROR(EncodeMap(source, &entry.map));
+    entry.source = source;
+  }
+  *map = entry.map;
+  return OkStatus();
 }
 
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream) {

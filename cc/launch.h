@@ -4,9 +4,11 @@
 #ifndef JAX_FLASHATTN_CC_LAUNCH_H_
 #define JAX_FLASHATTN_CC_LAUNCH_H_
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <string_view>
 
@@ -64,10 +66,34 @@ struct TensorMapSpec {
   int element_bytes = 2;        // or 1
   int64_t fetched_columns = 0;  // what the L2 may fetch at a time; 0: all of them
 };
-// On the CPU alone; fast, and no call of the driver that waits or allocates. `stand_in`: an address
-// that is used where the tensor has no elements, and never read.
-Status EncodeTensorMap(const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in,
-                       TensorMap* map);
+
+// What the driver makes a tensor map from: compared and copied as bytes.
+struct TensorMapSource {
+  void* data;
+  uint64_t dims[4], strides[3];  // of the last axes; strides of all but the last one, in bytes
+  unsigned int box[4];
+  int dtype, promotion;
+};
+
+// The last tensor maps of a call site on a device. The driver takes longer to encode one than a
+// call takes to be checked, and most runs have the addresses of the run before. Threads may use it
+// at the same time.
+class TensorMaps {
+ public:
+  // The map in that place of the call's parameters, encoded if it isn't the last one there. On the
+  // CPU alone, and no call of the driver that waits or allocates. `stand_in`: an address that is
+  // used where the tensor has no elements, and never read.
+  Status Encode(int place, const TensorArg& tensor, const TensorMapSpec& spec, void* stand_in,
+                TensorMap* map);
+
+ private:
+  struct Entry {
+    std::mutex mutex;
+    TensorMapSource source{};  // of no map before the first one: its box is empty
+    TensorMap map;
+  };
+  std::array<Entry, 4> entries_;
+};
 
 // Fills device memory on a stream; may be captured too.
 Status FillBytes(void* data, uint8_t value, size_t count, driver::CuStream stream);

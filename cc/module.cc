@@ -156,15 +156,19 @@ nb::dict Explain(const std::string& op, const std::string& dtype, int head_dim, 
   return dict;
 }
 
-// CTAs of a dense forward call's kernel.
-uint32_t ForwardCtas(int head_dim, const std::string& mask,
-                     const std::vector<std::string>& features, int arch, int64_t num_heads,
-                     int64_t q_len, int64_t kv_len, int multiprocessors) {
+// How a dense forward call is shared out: CTAs, whether they count tiles, whether these are paired.
+nb::tuple ForwardShare(int head_dim, const std::string& mask,
+                       const std::vector<std::string>& features, int arch, int64_t num_heads,
+                       int64_t q_len, int64_t kv_len, int multiprocessors) {
   const jfa::Variant variant =
       ToVariant("fwd", "bfloat16", head_dim, head_dim, mask, features, 0, kv_len);
   const jfa::Plan plan = jfa::MakePlan(variant, arch);
   if (!plan.error.empty()) throw std::invalid_argument(plan.error);
-  return jfa::MakeGrid(plan, 0, variant, {1, num_heads, 1, q_len, kv_len, 0}, multiprocessors).x;
+  jfa::Problem problem = {1, num_heads, 1, q_len, kv_len, 0};
+  problem.has_counter = true;
+  const jfa::Share share = jfa::ShareWork(plan, variant, problem, multiprocessors);
+  const jfa::Grid grid = jfa::MakeGrid(plan, 0, variant, problem, share);
+  return nb::make_tuple(grid.x, share.forward.counted, share.forward.paired);
 }
 
 nb::list Warm(const std::string& op, const std::string& dtype, int head_dim, int head_dim_v,
@@ -288,7 +292,8 @@ NB_MODULE(_native, m) {
         Raise(jfa::ForcedCluster(&problem.forced_cluster));
         const jfa::Plan plan = jfa::MakePlan(variant, arch);
         if (!plan.error.empty()) throw std::invalid_argument(plan.error);
-        const jfa::DecodeShare share = jfa::ShareDecode(plan, problem, multiprocessors);
+        const jfa::DecodeShare share =
+            jfa::ShareWork(plan, variant, problem, multiprocessors).decode;
         const bool parts = share.kernel == jfa::kDecodeParts;
         return nb::make_tuple(share.ctas, parts ? 1 << share.parts_log2 : 0);
       },
@@ -299,7 +304,7 @@ NB_MODULE(_native, m) {
   m.def("cuda_explain", &Explain, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::arg("mask"), nb::arg("features"), nb::arg("arch"),
         nb::arg("rows") = 0, nb::arg("kv_len") = 0);
-  m.def("cuda_forward_ctas", &ForwardCtas, nb::arg("head_dim"), nb::arg("mask"),
+  m.def("cuda_forward_share", &ForwardShare, nb::arg("head_dim"), nb::arg("mask"),
         nb::arg("features"), nb::arg("arch"), nb::arg("num_heads"), nb::arg("q_len"),
         nb::arg("kv_len"), nb::arg("multiprocessors"));
   m.def("cuda_warm", &Warm, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),

@@ -200,10 +200,20 @@ std::string CheckHeadDim(const char* name, int head_dim) {
          std::to_string(head_dim);
 }
 
-bool Flag(const KernelSpec& kernel, const char* name) {
-  return std::any_of(kernel.config.begin(), kernel.config.end(), [&](const auto& field) {
-    return field.first == name && field.second == "true";
-  });
+bool IsFwdSm90(const KernelSpec& kernel) {
+  return kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File;
+}
+
+void ReadFields(KernelSpec* kernel) {
+  const auto number = [&](const char* name) { return static_cast<int>(Field(*kernel, name)); };
+  const auto flag = [&](const char* name) {
+    return std::any_of(kernel->config.begin(), kernel->config.end(), [&](const auto& field) {
+      return field.first == name && field.second == "true";
+    });
+  };
+  kernel->fields = {number("kBlockM"),    number("kBlockN"),  number("kRows"),
+                    number("kTileHeads"), number("kHeadDim"), number("kHeadDimV"),
+                    number("kMinBlocks"), flag("kCounted"),   flag("kFinderWarp")};
 }
 
 // As NumTiles of kernels/kv_source.cuh.
@@ -292,7 +302,8 @@ Plan MakePlan(const Variant& variant, int arch) {
                     variant.deterministic ? MakeBwdDq(variant, common, info)
                                           : MakePostprocess(variant, common)};
   }
-  for (const KernelSpec& kernel : plan.kernels) {
+  for (KernelSpec& kernel : plan.kernels) {
+    ReadFields(&kernel);
     if (kernel.smem_bytes > info.smem_kb * 1024) {
       plan.error = kernel.symbol + ": shared memory: expected at most " +
                    std::to_string(info.smem_kb * 1024) + " bytes, got " +
@@ -304,65 +315,31 @@ Plan MakePlan(const Variant& variant, int arch) {
   return plan;
 }
 
-// All grids are one-dimensional: the kernels order their tiles themselves (ScheduleWork), and x
-// alone may exceed 65535.
-Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
-              int multiprocessors) {
-  const KernelSpec& kernel = plan.kernels[index];
-  if (variant.op == Op::kDecode) {
-    return MakeDecodeGrid(plan, index, problem, multiprocessors);
-  }
-  const int64_t kv_heads = problem.batch * problem.num_kv_heads;
-  int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
-  if (kernel.file == "fwd_sm90.cuh" || kernel.file == kFwdFp8File) {
-    int64_t items = NumTiles(length, Field(kernel, "kBlockM"), problem.num_sequences);
-    if (PairsTiles(plan, variant, problem, multiprocessors)) items = CeilDiv(items, 2);
-    items *= heads;
-    if (StaysOnMultiprocessors(plan, index, variant)) {
-      items = std::min<int64_t>(items, multiprocessors);
-    }
-    return {static_cast<uint32_t>(items), 1, 1};
-  }
-  if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
-    block = Field(kernel, "kBlockM");
-  } else if (kernel.file == "bwd_sm80.cuh" || kernel.file == "bwd_sm90.cuh" ||
-             kernel.file == "bwd_wide_sm90.cuh") {
-    length = problem.kv_len;
-    heads = kv_heads;
-    block = Field(kernel, "kBlockN");
-  } else if (kernel.file == "bwd_preprocess.cuh") {
-    block = kPreprocessRows;
-  } else if (kernel.file == "bwd_postprocess.cuh") {
-    block = kPostprocessRows;
-  } else {
-    return {0, 1, 1};
-  }
-  return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
-}
-
 bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant) {
   if (variant.op == Op::kDecode) return index == 0;
-  const std::string& file = plan.kernels[index].file;
-  if (file != "fwd_sm90.cuh" && file != kFwdFp8File) return false;
+  const KernelSpec& kernel = plan.kernels[index];
+  if (!IsFwdSm90(kernel)) return false;
   // In turn CTAs that stay would share tiles whose lengths nobody knows unevenly.
   if (variant.schedule == Schedule::kAny) {
-    return (!variant.packed && !variant.segments) || Flag(plan.kernels[index], "kFinderWarp");
+    return (!variant.packed && !variant.segments) || kernel.fields.finder_warp;
   }
   return variant.schedule == Schedule::kPersistent;
 }
 
+namespace {
+
 bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem) {
   const KernelSpec& kernel = plan.kernels[0];
-  return problem.has_counter && kernel.file == "fwd_sm90.cuh" && Flag(kernel, "kCounted") &&
+  return problem.has_counter && kernel.file == "fwd_sm90.cuh" && kernel.fields.counted &&
          StaysOnMultiprocessors(plan, 0, variant);
 }
 
+// Where tiles aren't counted.
 bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,
                 int multiprocessors) {
-  const KernelSpec& kernel = plan.kernels[0];
   if (variant.mask != Mask::kCausal || variant.packed || variant.segments) return false;
-  if (variant.schedule == Schedule::kGrid || CountsTiles(plan, variant, problem)) return false;
-  const int64_t block = Field(kernel, "kBlockM"), tiles = CeilDiv(problem.q_len, block);
+  if (variant.schedule == Schedule::kGrid) return false;
+  const int64_t block = plan.kernels[0].fields.block_m, tiles = CeilDiv(problem.q_len, block);
   const int64_t heads = problem.batch * problem.num_kv_heads * problem.group;
   const int64_t rounds = CeilDiv(tiles * heads, multiprocessors);
   if (rounds > 8) return true;
@@ -376,6 +353,70 @@ bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem
                          (tiles > 1 ? cost(tiles - 1) + cost(0) : cost(0));
   // If in doubt pairs: they also share keys better.
   return paired * 15 <= single * 16;
+}
+
+// Row tiles of all heads.
+int64_t ForwardTiles(const Plan& plan, const Problem& problem) {
+  return NumTiles(problem.q_len, plan.kernels[0].fields.block_m, problem.num_sequences) *
+         problem.batch * problem.num_kv_heads * problem.group;
+}
+
+ForwardShare ShareForward(const Plan& plan, const Variant& variant, const Problem& problem,
+                          int multiprocessors) {
+  if (!IsFwdSm90(plan.kernels[0])) return {};
+  if (CountsTiles(plan, variant, problem)) {
+    // A tile for each CTA, or none: what has nothing to count needs no memory cleared for it.
+    return {ForwardTiles(plan, problem) > multiprocessors, false};
+  }
+  return {false, PairsTiles(plan, variant, problem, multiprocessors)};
+}
+
+}  // namespace
+
+Share ShareWork(const Plan& plan, const Variant& variant, const Problem& problem,
+                int multiprocessors) {
+  Share share;
+  share.multiprocessors = multiprocessors;
+  if (variant.op == Op::kFwd) {
+    share.forward = ShareForward(plan, variant, problem, multiprocessors);
+  } else if (variant.op == Op::kDecode) {
+    share.decode = ShareDecode(plan, problem, multiprocessors);
+  }
+  return share;
+}
+
+// All grids are one-dimensional: the kernels order their tiles themselves (ScheduleWork), and x
+// alone may exceed 65535.
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
+              const Share& share) {
+  const KernelSpec& kernel = plan.kernels[index];
+  if (variant.op == Op::kDecode) return MakeDecodeGrid(plan, index, problem, share.decode);
+  const int64_t kv_heads = problem.batch * problem.num_kv_heads;
+  int64_t length = problem.q_len, heads = kv_heads * problem.group, block = 0;
+  if (IsFwdSm90(kernel)) {
+    int64_t items = NumTiles(length, kernel.fields.block_m, problem.num_sequences);
+    if (share.forward.paired) items = CeilDiv(items, 2);
+    items *= heads;
+    if (StaysOnMultiprocessors(plan, index, variant)) {
+      items = std::min<int64_t>(items, share.multiprocessors);
+    }
+    return {static_cast<uint32_t>(items), 1, 1};
+  }
+  if (kernel.file == "fwd_sm80.cuh" || kernel.file == "bwd_dq_sm80.cuh") {
+    block = kernel.fields.block_m;
+  } else if (kernel.file == "bwd_sm80.cuh" || kernel.file == "bwd_sm90.cuh" ||
+             kernel.file == "bwd_wide_sm90.cuh") {
+    length = problem.kv_len;
+    heads = kv_heads;
+    block = kernel.fields.block_n;
+  } else if (kernel.file == "bwd_preprocess.cuh") {
+    block = kPreprocessRows;
+  } else if (kernel.file == "bwd_postprocess.cuh") {
+    block = kPostprocessRows;
+  } else {
+    return {0, 1, 1};
+  }
+  return {static_cast<uint32_t>(NumTiles(length, block, problem.num_sequences) * heads), 1, 1};
 }
 
 int64_t ScratchRows(int64_t q_len, int64_t num_sequences) {
@@ -431,9 +472,9 @@ std::string Describe(const Plan& plan) {
   std::string text;
   for (const KernelSpec& kernel : plan.kernels) {
     text += kernel.symbol + ":";
-    if (Field(kernel, "kBlockM") != 0) {
-      text += " tile " + std::to_string(Field(kernel, "kBlockM")) + "x" +
-              std::to_string(Field(kernel, "kBlockN")) + ", stages " +
+    if (kernel.fields.block_m != 0) {
+      text += " tile " + std::to_string(kernel.fields.block_m) + "x" +
+              std::to_string(kernel.fields.block_n) + ", stages " +
               std::to_string(Field(kernel, "kStages")) + ",";
     }
     text += " threads " + std::to_string(kernel.threads) + ", shared memory " +

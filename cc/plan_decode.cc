@@ -10,7 +10,7 @@ constexpr int kCombineWarps = 8;
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
-constexpr int kMostPartsRows = 32;
+constexpr int kMostPartsRows = 32, kNarrowRows = 16;
 
 std::string RowsSuffix(int64_t rows, int64_t tile_heads) {
   return (tile_heads > 1 ? "_pairs_r" : "_r") + std::to_string(rows);
@@ -58,23 +58,25 @@ int64_t DecodeTiles(const KernelSpec& kernel, const Problem& problem) {
 // 4-byte words of DecodeScratch in kernels/decode_share.cuh: of its header, and for each CTA.
 constexpr int64_t kDecodeHeaderWords = 4;
 int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int64_t head_dim_v) {
-  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
+  const int64_t rows = std::min<int64_t>(DecodeRows(kernel, problem), kernel.fields.rows);
   return 4 + 2 * rows * (2 + head_dim_v);
 }
 
 // Of a tile that sees all keys.
 int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
-  return std::max<int64_t>(CeilDiv(problem.kv_len, Field(kernel, "kBlockN")), 1);
+  return std::max<int64_t>(CeilDiv(problem.kv_len, kernel.fields.block_n), 1);
 }
 
-// In how many parts (log2), one for each CTA of a cluster, each tile should be cut; -1 if stretches
-// and a second kernel that merges are better.
-int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
+// In how many parts (log2), one for each CTA of a cluster, each tile of `kernel` should be cut; -1
+// if stretches, of tiles of `main`, and a second kernel that merges are better.
+int PickParts(const KernelSpec& kernel, const KernelSpec& main, const Problem& problem,
               int multiprocessors) {
-  const int64_t blocks = DecodeBlocks(kernel, problem);
+  const int64_t tiles = DecodeTiles(kernel, problem), blocks = DecodeBlocks(kernel, problem);
+  const int64_t main_tiles = DecodeTiles(main, problem);
+  const bool narrower = main_tiles < tiles;  // of fewer rows
   // A tile for each multiprocessor needs no merging, and one CTA keeps up with memory.
   const bool fills = tiles <= multiprocessors && tiles * 10 >= multiprocessors * 9;
-  if (fills && problem.alike) return 0;
+  if (fills && problem.alike && !narrower) return 0;
   // Clusters that surely run at the same time, a CTA on each multiprocessor: these come in groups
   // of 14, 16 and 18, which no cluster crosses.
   const int64_t most[] = {multiprocessors, multiprocessors, multiprocessors * 7 / 8,
@@ -89,21 +91,22 @@ int PickParts(const KernelSpec& kernel, const Problem& problem, int64_t tiles,
   }
   // Times in units of 50 ns, measured (docs/performance.md). One CTA takes 6 for a block and 3 for
   // each 32 KB of it, but 1 for each pair of copies, of K and V, that it orders; all of them
-  // together read 256 KB from L2 in 1; a second kernel costs 52. Where parts are longer than
-  // kLongest memory is the limit, and a cluster's CTAs, which can't run anywhere, have less of it.
-  constexpr int64_t kLongest = 1024 * 1024, kBytesInTime = 256 * 1024;
-  constexpr int64_t kMergeTime = 52;
-  const int64_t block_n = Field(kernel, "kBlockN");
+  // together read 256 KB from L2 in 1, or 384 KB if several read the same; a second kernel costs
+  // 52, and with the results of 64 rows and more 134. Where parts are longer than kLongest memory
+  // is the limit, and a cluster's CTAs, which can't run anywhere, have less of it.
+  constexpr int64_t kLongest = 1024 * 1024, kBytesInTime = 256 * 1024, kSharedInTime = 384 * 1024;
+  constexpr int64_t kMergeTime = 52, kWideMergeTime = 134;
+  const int64_t block_n = kernel.fields.block_n;
   const int64_t boxes = problem.page_size > 0 ? CeilDiv(block_n, problem.page_size) : 1;
   const int64_t columns = 128 / kernel.kv_bytes;  // of a box
-  const int64_t copies = boxes * std::max(CeilDiv(Field(kernel, "kHeadDim"), columns),
-                                          CeilDiv(Field(kernel, "kHeadDimV"), columns));
-  const int64_t bytes =
-      kernel.kv_bytes * block_n * (Field(kernel, "kHeadDim") + Field(kernel, "kHeadDimV"));
-  const bool is_short =
-      longest * bytes <= kLongest && longest * std::max(6 + 3 * bytes / (32 * 1024), copies) <=
-                                         kMergeTime + tiles * blocks * bytes / kBytesInTime;
-  return is_short ? best : -1;
+  const int64_t head_dim = kernel.fields.head_dim, head_dim_v = kernel.fields.head_dim_v;
+  const int64_t copies = boxes * CeilDiv(std::max(head_dim, head_dim_v), columns);
+  const int64_t bytes = kernel.kv_bytes * block_n * (head_dim + head_dim_v);
+  const int64_t time = std::max(longest * std::max(6 + 3 * bytes / (32 * 1024), copies),
+                                tiles * blocks * bytes / kSharedInTime);
+  const int64_t main_time =
+      (narrower ? kWideMergeTime : kMergeTime) + main_tiles * blocks * bytes / kBytesInTime;
+  return longest * bytes <= kLongest && time <= main_time ? best : -1;
 }
 
 }  // namespace
@@ -129,32 +132,30 @@ std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const 
       combine, kCombineWarps * 32, 0};
   // Hides what it takes to launch the second kernel.
   second.starts_early = arch >= 90;
-  // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128.
-  if (!tma || rows > kMostPartsRows) return {decode, second};
-  const KernelSpec parts = MakeDecodeMain(variant, common, info.smem_kb, tma, true);
-  if (Field(parts, "kRows") != rows) return {decode, second};  // they take the same tiles
-  return {decode, second, parts};
+  if (!tma) return {decode, second};
+  // Merging in a cluster takes longer the more rows there are: it pays with 16, not with 128. Short
+  // calls of many rows have narrow tiles, which all read the keys, but for the first from the L2.
+  Variant cut = variant;
+  if (rows > kMostPartsRows) cut.rows = kNarrowRows / tile_heads;
+  return {decode, second, MakeDecodeMain(cut, common, info.smem_kb, tma, true)};
 }
 
-Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int multiprocessors) {
+Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, const DecodeShare& share) {
   const KernelSpec& kernel = plan.kernels[index];
-  const DecodeShare share = ShareDecode(plan, problem, multiprocessors);
   const uint32_t ctas = static_cast<uint32_t>(share.ctas);
   if (index == share.kernel) return {ctas, 1, 1, 1u << share.parts_log2};
   const int64_t tiles = DecodeTiles(plan.kernels.front(), problem);
   const bool whole = problem.alike && ctas > 0 && tiles % ctas == 0;  // nobody shares a tile
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
-  const int64_t rows = std::min(DecodeRows(kernel, problem), Field(kernel, "kRows"));
+  const int64_t rows = std::min<int64_t>(DecodeRows(kernel, problem), kernel.fields.rows);
   const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
   return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
 }
 
-int DecodeTileHeads(const KernelSpec& kernel) {
-  return static_cast<int>(Field(kernel, "kTileHeads"));
-}
+int DecodeTileHeads(const KernelSpec& kernel) { return kernel.fields.tile_heads; }
 
 int DecodeRowTiles(const KernelSpec& kernel, const Problem& problem) {
-  return static_cast<int>(CeilDiv(DecodeRows(kernel, problem), Field(kernel, "kRows")));
+  return static_cast<int>(CeilDiv(DecodeRows(kernel, problem), kernel.fields.rows));
 }
 
 namespace {
@@ -162,41 +163,43 @@ namespace {
 DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiprocessors) {
   const KernelSpec& kernel = plan.kernels[kDecodeStretches];
   if (DecodeRows(kernel, problem) == 0) return {};
-  // Both kernels take the same tiles.
   const int64_t tiles = DecodeTiles(kernel, problem);
   const int64_t blocks = DecodeBlocks(kernel, problem);
   if (tiles > INT_MAX / blocks) return {};
-  if (plan.kernels.size() > kDecodeParts && tiles <= INT_MAX >> kMostPartsLog2) {
-    int log2 = PickParts(plan.kernels[kDecodeParts], problem, tiles, multiprocessors);
+  const bool has_parts = plan.kernels.size() > kDecodeParts;
+  const int64_t narrow_tiles = has_parts ? DecodeTiles(plan.kernels[kDecodeParts], problem) : 0;
+  if (has_parts && narrow_tiles <= INT_MAX >> kMostPartsLog2) {
+    int log2 = PickParts(plan.kernels[kDecodeParts], kernel, problem, multiprocessors);
     if (problem.forced_cluster >= 0) {
       log2 = -1;
       while (1 << (log2 + 1) <= problem.forced_cluster) ++log2;
     }
-    if (log2 >= 0) return {tiles << log2, kDecodeParts, log2};
+    if (log2 >= 0) return {narrow_tiles << log2, kDecodeParts, log2};
   }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
   const int64_t ctas =
-      std::min({multiprocessors * Field(kernel, "kMinBlocks"), tiles * blocks, room});
+      std::min({int64_t{multiprocessors} * kernel.fields.min_blocks, tiles * blocks, room});
   if (ctas < tiles) {
     // Whole tiles need no merging: worth a few idle multiprocessors.
     const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
     const bool divides = whole * each == tiles && whole * 10 >= ctas * 9;
-    return {problem.alike && divides ? whole : ctas};
+    if (divides) return {whole, kDecodeStretches, 0, 1};
+    return {ctas};
   }
   // A short tile for each multiprocessor is read as fast by one CTA as by two, and needs no
   // merging.
   constexpr int64_t kShort = 32;
   if (problem.alike && blocks <= kShort && tiles * 10 >= multiprocessors * 9 &&
-      Field(kernel, "kRows") == 16) {
-    return {tiles};
+      kernel.fields.rows == 16) {
+    return {tiles, kDecodeStretches, 0, 1};
   }
   // Equal parts of tiles need less merging. No more of them than make the longest one shorter, or
   // have more rows of results than keys.
-  const int64_t keys = blocks * Field(kernel, "kBlockN");
-  const int64_t parts = std::min(ctas / tiles, CeilDiv(keys, Field(kernel, "kRows")));
-  const int64_t longest = CeilDiv(blocks, parts);
-  return {tiles * CeilDiv(blocks, longest)};
+  const int64_t keys = blocks * kernel.fields.block_n;
+  const int64_t most = std::min(ctas / tiles, CeilDiv(keys, kernel.fields.rows));
+  const int64_t parts = CeilDiv(blocks, CeilDiv(blocks, most));
+  return {tiles * parts, kDecodeStretches, 0, static_cast<int>(parts)};
 }
 
 }  // namespace

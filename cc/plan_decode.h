@@ -13,7 +13,9 @@ namespace jfa {
 std::vector<KernelSpec> MakeDecode(const Variant& variant, Common common, const ArchInfo& info,
                                    int arch);
 
-Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, int multiprocessors);
+DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors);
+
+Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, const DecodeShare& share);
 
 }  // namespace jfa
 

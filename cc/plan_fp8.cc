@@ -81,6 +81,7 @@ KernelSpec MakeFwdFp8(const Variant& variant, Common common, const ArchInfo& arc
   AddBool(&fields, "kPingPong", tile.ping_pong);
   AddBool(&fields, "kOptimistic", tile.optimistic);
   AddBool(&fields, "kStageOut", stage_out);
+  AddBool(&fields, "kCounted", false);
 
   const auto name = [](bool e5m2) { return std::string(e5m2 ? "_e5m2" : "_e4m3"); };
   std::string dtypes = name(variant.e5m2_q);

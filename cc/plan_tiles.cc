@@ -196,9 +196,8 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
   using W = Weighing;
   const bool full = variant.mask == Mask::kFull, causal = variant.mask == Mask::kCausal;
   const bool is_short = variant.keys == Length::kShort, packed = variant.packed;
-  // Where tiles are short and alike, or pairs of them are, taking them in turn needs no memset.
-  const bool counted = packed || !is_short || variant.mask == Mask::kLocal;
-  const bool counted_short = counted && !full;
+  // Where keys are few, and tiles or pairs of them alike, taking them in turn needs no memset.
+  const bool counted_short = variant.mask == Mask::kLocal;
   if (size <= 64) {
     // Lengths of few tiles are multiples of 256 rather than of 192, and four warpgroups hide what a
     // tile's begin and end cost.
@@ -212,7 +211,7 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
   }
   if (size <= 96) {
     if (full) return {192, 96, 2, true, 1, W::kSingle, false, 3, true};
-    return {128, 128, 2, true, 1, W::kDouble, true, 2, counted};
+    return {128, 128, 2, true, 1, W::kDouble, true, 2, true};
   }
   if (size <= 128) {
     if (is_short) return {128, 128, 2, true, 1, W::kSingle, true, 3, counted_short};
@@ -246,9 +245,27 @@ BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope) {
   return {64, 128, size <= 64 ? 3 : 2};
 }
 
+namespace {
+
+// Keys of a block at most. `stage_panels` and `panels`: 128 bytes of a key or value, and 64
+// columns.
+int MostDecodeBlock(int tile_rows, bool wgmma, bool alone, int stage_panels, int panels) {
+  if (wgmma) {
+    if (panels == 1) return 128;
+    return panels == 2 ? 64 : 32;
+  }
+  // With as many rows and columns there are no registers for the scores of more keys.
+  if (tile_rows >= 64) return panels == 1 ? 64 : 32;
+  if (tile_rows > 16) stage_panels = panels;
+  // What has a multiprocessor for itself needs longer blocks to keep up with the L2.
+  return stage_panels == 1 || (alone && panels == 2) ? 128 : 64;
+}
+
+}  // namespace
+
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
                           bool tma, bool alone, int smem_kb) {
-  constexpr int kMostStages = 16, kLeastStages = 3;
+  constexpr int kMostStages = 16, kLeastStages = 3, kLeastInUse = 2;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
   const int most_panels = std::max(panels, panels_v);
   const int stage_panels = variant.fp8_kv ? (most_panels + 1) / 2 : most_panels;
@@ -264,6 +281,9 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
       !alone && narrow && tile_rows <= 64 && (most_panels == 1 || !needs_registers) ? 2 : 1;
   // Each CTA pays 1 KB more to the system.
   const int room = smem_kb * 1024 / min_blocks - 1024 * (min_blocks - 1);
+  // On their way to a multiprocessor: with more, memory is slower, as its reads lie further apart.
+  // What is short has less to lose by it, and wants them soon.
+  const int in_flight = (alone ? 96 : 64) * 1024 / min_blocks;
   for (;; tile_rows *= 2) {
     const int warps = tile_rows > 64 ? 8 : 4;
     const bool wgmma = tma && !variant.fp8_kv && tile_rows >= 64;
@@ -271,19 +291,15 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
     const int merged_rows = wgmma ? 0 : 16 * warps;
     const int fixed = 128 * panels * tile_rows + 4 * merged_rows * 72 + 8 * merged_rows + 16;
     const int least_block = 16 * warps / (tile_rows / 16);
-    // With as many rows and columns there are no registers for the scores of more keys.
-    const int block_panels = tile_rows == 16 ? stage_panels : most_panels;
-    // What has a multiprocessor for itself needs longer blocks to keep up with the L2.
-    const int few_rows = block_panels == 1 || (alone && most_panels == 2) ? 128 : 64;
-    const int most_block = wgmma             ? (most_panels == 1   ? 128
-                                                : most_panels == 2 ? 64
-                                                                   : 32)
-                           : tile_rows >= 64 ? (block_panels == 1 ? 64 : 32)
-                                             : few_rows;
+    const int most_block = MostDecodeBlock(tile_rows, wgmma, alone, stage_panels, most_panels);
     for (int block_n = most_block; block_n >= least_block; block_n /= 2) {
       const int stage = 128 * stage_panels * block_n + 16;  // and its barriers
-      const int stages = std::min(kMostStages, (room - fixed) / stage);
+      int stages = std::min(kMostStages, (room - fixed) / stage);
       if (stages >= kLeastStages || tile_rows >= 64) {
+        // Products of warpgroups keep more buffers busy.
+        if (tma && !wgmma) {
+          stages = std::min(stages, std::max(kLeastInUse, (in_flight + stage / 2) / stage));
+        }
         return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks, warps, wgmma};
       }
     }

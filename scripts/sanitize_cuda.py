@@ -2,24 +2,33 @@
 
     python scripts/sanitize_cuda.py REPORT.json
 
-Needs a GPU, `jax[cuda]` and compute-sanitizer on the PATH. Takes some minutes. The exit status says
-whether all runs were clean.
+Needs a GPU, `jax[cuda]` and compute-sanitizer: of the PATH, or `--program`. PyPI has the newest one
+(nvidia-cuda-sanitizer-api); before 2026.1 racecheck takes barriers of warpgroups for races. It says
+of itself that it follows `cp.async` which arrives at mbarriers fully only from NVRTC 13.1 on. Takes
+five minutes on 16 cores. The exit status says whether all runs were clean.
 
-The kernels run without `setmaxnreg`: instrumented code has more registers than they are written
-for, and a warp that claims some then waits for ever.
+A run in which the tool itself dies is made again in two halves; the report tells the attempts.
+
+racecheck doesn't follow a warp whose lanes meet in `__syncwarp` and of which one then arrives at an
+mbarrier: under it all lanes arrive. Other tools have the kernels as they are.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
+import dataclasses
 import datetime
+import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import sanitizer_cases
@@ -29,27 +38,17 @@ from jax_flashattn import _native
 CASES = pathlib.Path(sanitizer_cases.__file__)
 KERNELS = CASES.parent.parent / "cc" / "kernels"
 TOOLS = ("memcheck", "racecheck", "synccheck")
-
-
-def _runs(
-    tools: list[str], cases: list[str], families: tuple[str, ...]
-) -> list[tuple[str, str, str]]:
-    """Tool, case and kernel family of each run; families are forced."""
-    return [
-        (tool, case, family)
-        for tool in tools
-        for case in cases
-        for family in families
-        if not case.startswith("fp8") or family == "sm90"
-    ]
+PORTS = 4  # of a run
+MOST_ATTEMPTS = 6
 
 
 def _copy_kernels(directory: pathlib.Path) -> None:
-    """The kernels' sources without `setmaxnreg`."""
-    directory.mkdir()
-    for path in KERNELS.iterdir():
-        text = re.sub(r'asm volatile\("setmaxnreg.*\);', "", path.read_text())
-        (directory / path.name).write_text(text)
+    """The kernels' sources, with arrivals at barriers that racecheck follows."""
+    shutil.copytree(KERNELS, directory)
+    path = directory / "barriers.cuh"
+    text, count = re.subn("kArrivingLanes = 1;", "kArrivingLanes = 32;", path.read_text())
+    assert count == 1
+    path.write_text(text)
 
 
 def _without_places(text: str) -> str:
@@ -58,44 +57,122 @@ def _without_places(text: str) -> str:
     return re.sub(r'"/[^"]*/site-packages/', '"', text)
 
 
-def _run(tool: str, case: str, family: str, work: pathlib.Path, longest_seconds: int) -> dict:
-    start = time.monotonic()
-    env = {
-        **os.environ,
-        "JFA_FORCE_FAMILY": family,
-        "JFA_CACHE_DIR": str(work / "cache"),
-        "JFA_KERNEL_DIR": str(work / "kernels"),
-        "JAX_PLATFORMS": "cuda",
-        # A buffer for each array, or memcheck doesn't see where one ends.
-        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
-    }
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=jfa_"]
-    command += ["--error-exitcode", "9", sys.executable, str(CASES), case]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = process.wait(longest_seconds)
-        except subprocess.TimeoutExpired:
-            # With what it started, or a kernel that hangs goes on beside the other runs.
-            os.killpg(process.pid, signal.SIGKILL)
-            code = "timed out"
-        log.seek(0)
-        output = log.read()
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-    result = {"tool": tool, "case": case, "family": family}
-    result |= {"passed": code == 0 and len(summary) == 1, "code": code, "summary": summary}
-    result |= {"calls": output.count("\nran "), "seconds": round(time.monotonic() - start)}
-    if not result["passed"]:
-        result["output"] = _without_places(output)[-2000:]
-        print(output[:3000], output[-1000:], flush=True)
-    print(*result.values(), flush=True)
-    return result
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Parts of a case, from `first` to before `last`, under one tool."""
+
+    tool: str
+    case: str
+    family: str
+    first: int
+    last: int
+
+    def halves(self) -> list["_Run"]:
+        """The same in two runs; the run itself if it is of one part."""
+        middle = (self.first + self.last) // 2
+        if middle == self.first:
+            return [self]
+        return [dataclasses.replace(self, last=middle), dataclasses.replace(self, first=middle)]
+
+
+def _runs(tools: list[str], cases: list[str], families: tuple[str, ...]) -> list[_Run]:
+    """All runs; kernel families are forced."""
+    parts = {case: len(list(sanitizer_cases.CASES[case]())) for case in cases}
+    return [
+        _Run(tool, case, family, 0, parts[case])
+        for tool in tools
+        for case in cases
+        for family in families
+        if not case.startswith("fp8") or family == "sm90"
+    ]
+
+
+class _Sanitizer:
+    """Runs what it is given under compute-sanitizer.
+
+    Args:
+      program: compute-sanitizer.
+      work: directory with the kernels' sources, and for their cache.
+      longest_seconds: of one run.
+    """
+
+    def __init__(self, program: str, work: pathlib.Path, longest_seconds: int):
+        self.program = program
+        self.work = work
+        self.longest_seconds = longest_seconds
+        # The tool finds its process by asking all sockets from a port on, and may find another
+        # run's: each run has ports of its own.
+        self._ports = itertools.count(50_000, PORTS)
+        self._lock = threading.Lock()
+
+    def check(self, run: _Run, attempts: int = 1) -> list[dict]:
+        """Results of the run; where the tool itself died, of its halves, a few times over."""
+        result = self._check_once(run) | {"attempts": attempts}
+        print(*result.values(), flush=True)
+        if not result["died"] or attempts == MOST_ATTEMPTS:
+            return [result]
+        return [x for half in run.halves() for x in self.check(half, attempts + 1)]
+
+    def _check_once(self, run: _Run) -> dict:
+        start = time.monotonic()
+        env = {
+            **os.environ,
+            "JFA_FORCE_FAMILY": run.family,
+            "JFA_CACHE_DIR": str(self.work / "cache"),
+            "JAX_PLATFORMS": "cuda",
+            # A buffer for each array, or memcheck doesn't see where one ends.
+            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        }
+        if run.tool == "racecheck":
+            env["JFA_KERNEL_DIR"] = str(self.work / "kernels")
+        with self._lock:
+            port = next(self._ports)
+        command = [self.program, "--tool", run.tool, "--kernel-name", "kns=jfa_"]
+        command += ["--error-exitcode", "9", "--port", str(port), "--max-connections", str(PORTS)]
+        # Not the compilers that XLA starts.
+        command += ["--target-processes", "application-only", "--launch-timeout", "120"]
+        command += [sys.executable, str(CASES), run.case, str(run.first), str(run.last)]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                code = process.wait(self.longest_seconds)
+            except subprocess.TimeoutExpired:
+                code = "timed out"
+            finally:
+                # With what it started, or a kernel that hangs goes on beside the other runs.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            log.seek(0)
+            output = log.read()
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        result = dataclasses.asdict(run)
+        result |= {"passed": code == 0 and len(summary) == 1, "code": code, "summary": summary}
+        result |= {"died": isinstance(code, int) and code < 0 and not summary}
+        result |= {"calls": output.count("\nran "), "seconds": round(time.monotonic() - start)}
+        if not result["passed"]:
+            result["output"] = _without_places(output)[-2000:]
+            print(output[:3000], output[-1000:], flush=True)
+        return result
 
 
 def _compiled(work: pathlib.Path) -> list[str]:
-    """Names of the kernels that the runs used."""
-    files = (work / "cache").glob("*.jfa")
-    return sorted({re.findall(rb"jfa_\w+", x.read_bytes())[0].decode() for x in files})
+    """Names of the kernels that the runs used: in an entry of the cache behind their length."""
+    names = set()
+    for path in (work / "cache").glob("*.jfa"):
+        entry = path.read_bytes()
+        start = entry.index(b"jfa_")
+        length = int.from_bytes(entry[start - 8 : start], "little")
+        names.add(entry[start : start + length].decode())
+    return sorted(names)
+
+
+def _version(program: str) -> str:
+    """Of compute-sanitizer: "2026.4.0.0"."""
+    text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"Version (\S+)", text)[1]
 
 
 def main() -> None:
@@ -105,31 +182,40 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--cases", nargs="+", default=list(sanitizer_cases.CASES))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--program", default="compute-sanitizer")
     parser.add_argument("--seconds", type=int, default=300, help="at most, of one run")
     args = parser.parse_args()
     devices = _native.cuda_devices()
     is_hopper = any("90" in x["arch"] for x in devices["devices"])
     runs = _runs(args.tools, args.cases, ("sm80", "sm90") if is_hopper else ("sm80",))
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **devices,
+        "nvrtc": _native.nvrtc_version(),
+        "compute_sanitizer": _version(args.program),
+        "source_sha256": _native.kernel_sources_sha256(),
+    }
+    results: list[dict] = []
     with (
         tempfile.TemporaryDirectory() as directory,
         concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
     ):
         work = pathlib.Path(directory)
         _copy_kernels(work / "kernels")
-        results = list(pool.map(lambda run: _run(*run, work, args.seconds), runs))
-        kernels = _compiled(work)
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **devices,
-        "nvrtc": _native.nvrtc_version(),
-        "source_sha256": _native.kernel_sources_sha256(),
-        "passed": sum(x["passed"] for x in results),
-        "failed": sum(not x["passed"] for x in results),
-        "runs": results,
-        "kernels": kernels,
-    }
-    args.report.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['passed']} runs clean, {report['failed']} not; {len(kernels)} kernels")
+        sanitizer = _Sanitizer(args.program, work, args.seconds)
+        for ended, found in enumerate(pool.map(sanitizer.check, runs), 1):
+            results += found
+            report |= {
+                "passed": sum(x["passed"] for x in results),
+                "failed": sum(not x["passed"] for x in results),
+                "not_ended": len(runs) - ended,
+                "runs": results,
+                "kernels": _compiled(work),
+            }
+            # After each run: what ended isn't lost if this is stopped.
+            args.report.write_text(json.dumps(report, indent=1) + "\n")
+    kernels = len(report["kernels"])
+    print(f"{report['passed']} runs clean, {report['failed']} not; {kernels} kernels")
     sys.exit(report["failed"] > 0)
 
 

@@ -1,9 +1,12 @@
 """Calls that reach every CUDA kernel, by name; `scripts/sanitize_cuda.py` runs them checked.
 
-Usage: python scripts/sanitizer_cases.py CASE...
+    python scripts/sanitizer_cases.py CASE [FIRST LAST]
+
+A case is a list of parts, of which those from number FIRST to before LAST run, or all.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -11,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashattn import PagedKVCache, attention, attention_varlen, paged_attention
+
+# The name of a part, and what runs it and gives its results.
+Part = tuple[str, Callable[[], object]]
 
 T, S = 150, 170
 IDS = np.arange(S, dtype=np.int32) // 40
@@ -38,12 +44,6 @@ def _inputs(*shapes, dtype=jnp.bfloat16):
     return [jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes]
 
 
-def _check(name, *results):
-    for x in jax.tree.leaves(results):
-        assert np.isfinite(np.asarray(x, np.float32)).all(), name
-    print("ran", name, flush=True)
-
-
 def _attention(q, k, v, features, **options):
     options = dict(is_causal=True, query_offset="end", **options, **features)
     if "cu_seqlens_q" in features:
@@ -51,90 +51,101 @@ def _attention(q, k, v, features, **options):
     return attention(q, k, v, key_value_seq_lengths=np.array([S, 70], np.int32), **options)
 
 
-def train(head_dim, head_dim_v):
+def _forward(f, shapes, dtype=jnp.bfloat16):
+    return jax.jit(f)(*_inputs(*shapes, dtype=dtype))
+
+
+def _gradients(f, shapes):
+    out, vjp = jax.vjp(f, *_inputs(*shapes))
+    return out, vjp(out)
+
+
+def train(head_dim: int, head_dim_v: int) -> Iterator[Part]:
     """Forward and backward, with each feature, fast and deterministic."""
-    inputs = _inputs((2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v))
+    shapes = (2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v)
     for name, features in FEATURES.items():
         for deterministic in (False, True):
             f = partial(_attention, features=features, deterministic=deterministic)
-            out, vjp = jax.vjp(f, *inputs)
-            _check(f"{name}, deterministic={deterministic}", out, vjp(out))
+            yield f"{name}, deterministic={deterministic}", partial(_gradients, f, shapes)
 
 
-def lengths(head_dim, head_dim_v):
+def lengths(head_dim: int, head_dim_v: int) -> Iterator[Part]:
     """The forward of more keys, which has other tiles, full and causal, and as a grid."""
     for keys in (1100, 8200):
-        inputs = _inputs((1, T, 2, head_dim), (1, keys, 1, head_dim), (1, keys, 1, head_dim_v))
+        shapes = (1, T, 2, head_dim), (1, keys, 1, head_dim), (1, keys, 1, head_dim_v)
         for is_causal in (False, True):
             for schedule in (None, "grid"):
                 f = partial(attention, is_causal=is_causal, query_offset="end", schedule=schedule)
-                _check(f"{keys} keys, causal={is_causal}, {schedule}", jax.jit(f)(*inputs))
+                yield f"{keys} keys, causal={is_causal}, {schedule}", partial(_forward, f, shapes)
 
 
-def fp8(head_dim, head_dim_v):
+def fp8(head_dim: int, head_dim_v: int) -> Iterator[Part]:
     """The forward of 8-bit floats, which there is on Hopper only."""
     shapes = (2, T, 4, head_dim), (2, S, 2, head_dim), (2, S, 2, head_dim_v)
-    inputs = _inputs(*shapes, dtype=jnp.float8_e4m3fn)
     for name, features in FEATURES.items():
         for sums in ("fast", "two_level"):
             f = partial(_attention, features=features, fp8_accumulation=sums)
-            _check(f"{name}, {sums}", jax.jit(f)(*inputs))
+            yield f"{name}, {sums}", partial(_forward, f, shapes, jnp.float8_e4m3fn)
 
 
-def decode(head_dim, head_dim_v):
+def decode(head_dim: int, head_dim_v: int) -> Iterator[Part]:
     """One key head's rows of 16, 32, 64 and 128 a tile, by clusters and by stretches of keys."""
     for tokens, heads, num_keys in (
-        *((1, 4, 3000), (3, 16, 3000), (1, 4, 20000), (3, 16, 20000)),
+        *((1, 4, 3000), (3, 16, 3000), (1, 4, 15000), (3, 16, 15000)),
         *((3, 32, 3000), (2, 128, 3000)),
     ):
         keys = (2, num_keys, 2, head_dim), (2, num_keys, 2, head_dim_v)
-        q, k, v = _inputs((2, tokens, heads, head_dim), *keys)
+        shapes = (2, tokens, heads, head_dim), *keys
         for name in ("plain", "window", "biases"):
             features = {
                 x: np.ones(heads, np.float32) if isinstance(y, np.ndarray) else y
                 for x, y in FEATURES[name].items()
             }
             lengths = np.array([num_keys, 77], np.int32)
-            f = partial(attention, is_causal=True, query_offset="end", **features)
-            case = f"{name}, {tokens}x{heads}, {num_keys} keys"
-            _check(case, jax.jit(f)(q, k, v, key_value_seq_lengths=lengths))
+            options = dict(is_causal=True, query_offset="end", key_value_seq_lengths=lengths)
+            f = partial(attention, **options, **features)
+            yield f"{name}, {tokens}x{heads}, {num_keys} keys", partial(_forward, f, shapes)
 
 
-def paged(head_dim, head_dim_v):
-    """Decoding, chunks and packed queries over pages of every size, in both layouts."""
+def _over_pages(pages, layout, features):
     lengths = np.array([S, 70, 0], np.int32)
     table = np.random.default_rng(1).permutation(3 * 32).reshape(3, 32).astype(np.int32)
+    cache = PagedKVCache(*_inputs(*pages), jnp.asarray(table), jnp.asarray(lengths), layout)
+    one, chunk = _inputs((3, 1, 4, pages[0][-1]), (3, 40, 4, pages[0][-1]))
+    f = jax.jit(partial(paged_attention, **features))
+    packed = f(chunk[0, :41], cache, cu_seqlens_q=np.array([0, 40, 41, 41], np.int32))
+    return f(one, cache), f(chunk, cache), packed
+
+
+def paged(head_dim: int, head_dim_v: int) -> Iterator[Part]:
+    """Decoding, chunks and packed queries over pages of every size, in both layouts."""
     for page_size in (8, 16, 32, 64, 128, 256):
         for layout in ("NHD", "HND"):
             middle = (page_size, 2) if layout == "NHD" else (2, page_size)
-            pages = _inputs((96, *middle, head_dim), (96, *middle, head_dim_v))
-            cache = PagedKVCache(*pages, jnp.asarray(table), jnp.asarray(lengths), layout)
+            pages = (96, *middle, head_dim), (96, *middle, head_dim_v)
             for name in ("plain", "window", "biases"):
-                f = jax.jit(partial(paged_attention, **FEATURES[name]))
-                one, chunk = _inputs((3, 1, 4, head_dim), (3, 40, 4, head_dim))
-                ends = np.array([0, 40, 41, 41], np.int32)
-                packed = f(chunk[0, :41], cache, cu_seqlens_q=ends)
-                found = f(one, cache), f(chunk, cache), packed
-                _check(f"{name}, pages of {page_size} {layout}", found)
+                part = partial(_over_pages, pages, layout, FEATURES[name])
+                yield f"{name}, pages of {page_size} {layout}", part
 
 
-def cache8(head_dim, head_dim_v):
-    """8-bit keys and values under 16-bit queries: decoding, longer calls, pages."""
+def _over_8_bits(head_dim, head_dim_v, dtype, tokens, heads):
     lengths = np.array([S, 70], np.int32)
     table = np.random.default_rng(1).permutation(2 * 16).reshape(2, 16).astype(np.int32)
+    k, v = _inputs((2, S, 2, head_dim), (2, S, 2, head_dim_v), dtype=dtype)
+    pages = _inputs((32, 16, 2, head_dim), (32, 16, 2, head_dim_v), dtype=dtype)
+    cache = PagedKVCache(*pages, jnp.asarray(table), jnp.asarray(lengths))
+    [q] = _inputs((2, tokens, heads, head_dim))
+    f = partial(attention, is_causal=True, query_offset="end", v_scale=0.5)
+    dense = jax.jit(f)(q, k, v, key_value_seq_lengths=lengths)
+    return dense, jax.jit(paged_attention)(q, cache)
+
+
+def cache8(head_dim: int, head_dim_v: int) -> Iterator[Part]:
+    """8-bit keys and values under 16-bit queries: decoding, longer calls, pages."""
     for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
-        k, v = _inputs((2, S, 2, head_dim), (2, S, 2, head_dim_v), dtype=dtype)
-        pages = _inputs((32, 16, 2, head_dim), (32, 16, 2, head_dim_v), dtype=dtype)
-        cache = PagedKVCache(*pages, jnp.asarray(table), jnp.asarray(lengths))
         for tokens, heads in ((1, 4), (3, 16), (3, 32), (T, 4)):
-            [q] = _inputs((2, tokens, heads, head_dim))
-            f = partial(attention, is_causal=True, query_offset="end", v_scale=0.5)
-            found = jax.jit(f)(q, k, v, key_value_seq_lengths=lengths)
-            _check(
-                f"{jnp.dtype(dtype).name}, {tokens}x{heads}",
-                found,
-                jax.jit(paged_attention)(q, cache),
-            )
+            part = partial(_over_8_bits, head_dim, head_dim_v, dtype, tokens, heads)
+            yield f"{jnp.dtype(dtype).name}, {tokens}x{heads}", part
 
 
 CASES = {
@@ -150,6 +161,13 @@ CASES = {
     for h, hv in dims
 }
 
+
+def _run(case, first=0, last=None):
+    for name, part in list(CASES[case]())[first:last]:
+        for x in jax.tree.leaves(part()):
+            assert np.isfinite(np.asarray(x, np.float32)).all(), name
+        print("ran", name, flush=True)
+
+
 if __name__ == "__main__":
-    for case in sys.argv[1:]:
-        CASES[case]()
+    _run(sys.argv[1], *map(int, sys.argv[2:]))

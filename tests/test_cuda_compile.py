@@ -274,7 +274,15 @@ def test_short_caches_are_shared_by_clusters(alike):
     assert share(16, 512, alike=alike) == (128, 1)
     assert share(1, 400, K=1, alike=alike) == (4, 4)  # a block each
     assert share(1, 1000, K=1, T=2, G=16, alike=alike) == (8, 8)
-    assert share(1, 1000, K=1, T=3, G=16, alike=alike)[1] == 0  # more rows
+    assert share(1, 1000, K=1, T=3, G=16, alike=alike) == (24, 8)  # three tiles of 16 rows
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_many_rows_are_cut_into_narrow_tiles_where_that_is_short(alike):
+    assert share(1, 8192, K=1, G=128, alike=alike) == (64, 8)
+    assert share(1, 8192, K=1, G=128, D=64, alike=alike) == (64, 8)
+    for B, S in ((8, 4096), (4, 32768), (1, 131072), (128, 2048)):
+        assert share(B, S, K=1, G=128, alike=alike)[1] == 0
 
 
 def test_small_pages_cost_time():
@@ -301,7 +309,8 @@ def test_only_hopper_has_clusters(B, S, arch):
 
 def test_whole_tiles_are_not_cut():
     assert share(128, 2048) == (256, 0)  # four each
-    assert share(128, 2048, alike=False) == (264, 0)
+    assert share(128, 2048, alike=False) == (256, 0)  # if lengths are equal
+    assert share(110, 2048) == (264, 0)
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 114, 132])

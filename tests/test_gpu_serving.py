@@ -172,13 +172,33 @@ def test_bitwise_repeatable():
     oracle.check_repeatable(*oracle.make_inputs(7, 3, 2, 9000, 16, 2, 128, 128, jnp.bfloat16)[:3])
 
 
-@pytest.mark.parametrize("lengths", [None, [9000, 5001, 0], [9000, 1, 8999]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [None, [9000, 5001, 0], [9000, 1, 8999], [5001] * 3, [0] * 3], ids=str
+)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_few_multiprocessors(lengths, dim):
     """Of 132 three are left, which have many blocks each, and parts of few tiles."""
     inputs = oracle.make_inputs(9, 3, 1, 9000, 8, 2, dim, dim, jnp.bfloat16)
     lengths = {} if lengths is None else dict(key_value_seq_lengths=np.array(lengths))
     oracle.check(*inputs, **lengths, sm_margin=129)
+
+
+@pytest.mark.parametrize("lengths", [None, [300, 300], [12000, 12000], [12000, 0]], ids=str)
+@pytest.mark.parametrize("window", [None, (100, 0), (9000, 0)], ids=str)
+@pytest.mark.parametrize("rows", [1, 20, 128])
+def test_parts_of_long_tiles(lengths, window, rows):
+    """Equal parts: fewer blocks than parts, windows, few rows and many; and unequal lengths."""
+    inputs = oracle.make_inputs(10, 2, 1, 12000, 2 * rows, 2, 64, 64, jnp.bfloat16)
+    lengths = {} if lengths is None else dict(key_value_seq_lengths=np.array(lengths))
+    window = dict(is_causal=True, query_offset="end", local_window_size=window)
+    oracle.check(*inputs, **lengths, **window)
+
+
+@pytest.mark.parametrize("lengths", [None, [300] * 128], ids=["full", "short"])
+def test_several_whole_tiles_for_each_cta(lengths):
+    inputs = oracle.make_inputs(11, 128, 1, 2048, 8, 8, 64, 64, jnp.bfloat16)
+    lengths = {} if lengths is None else dict(key_value_seq_lengths=np.array(lengths))
+    oracle.check(*inputs, **lengths)
 
 
 def test_generation_in_a_scan():

@@ -137,9 +137,9 @@ def test_persistent_takes_hopper_kernels():
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_ctas(mask):
     def ctas(*features, heads=16, length=4096, left=0):
-        return _native.cuda_forward_ctas(
+        return _native.cuda_forward_share(
             128, mask, features, 90, heads, length, length, MULTIPROCESSORS - left
-        )
+        )[0]
 
     assert ctas() == ctas("persistent") == MULTIPROCESSORS
     assert ctas("grid") == 16 * 4096 // 128
@@ -147,6 +147,22 @@ def test_ctas(mask):
     assert ctas("persistent", left=MULTIPROCESSORS - 1) == 1
     assert ctas("persistent", heads=1, length=100) == 1  # no more than tiles
     assert ctas("persistent", heads=0) == 0
+
+
+def test_who_counts_tiles():
+    def share(mask, heads, length, *features):
+        return _native.cuda_forward_share(
+            128, mask, features, 90, heads, length, length, MULTIPROCESSORS
+        )
+
+    assert share("causal", 16, 4096) == (MULTIPROCESSORS, True, False)
+    assert share("full", 16, 4096) == (MULTIPROCESSORS, True, False)
+    # One tile for each CTA needs neither a counter nor pairs.
+    for mask in ("causal", "full"):
+        assert share(mask, 4, 32 * 128) == (4 * 32, False, False)
+        assert share(mask, 1, 1100)[1:] == (False, False)
+    # Without CTAs that stay there is nothing to count.
+    assert share("causal", 16, 4096, "grid") == (16 * 32, False, False)
 
 
 def symbol(S, H=64, T=300, **options):
@@ -159,7 +175,10 @@ def test_lengths_choose_tiles_by_class():
     assert symbol(1025) == symbol(10**6) == "jfa_fwd_sm90_bf16_d64_full"
     assert symbol(512, H=96, is_causal=True, query_offset=0).endswith("_d96_causal")
     assert symbol(512, H=128) == "jfa_fwd_sm90_bf16_d128_full_short"
-    assert symbol(8192, H=128) == "jfa_fwd_sm90_bf16_d128_full"
+    assert symbol(8192, H=128) == symbol(4096, H=128) == "jfa_fwd_sm90_bf16_d128_full"
+    causal = {"H": 128, "is_causal": True, "query_offset": 0}
+    assert symbol(4096, **causal) == "jfa_fwd_sm90_bf16_d128_causal"
+    assert symbol(4097, **causal) == "jfa_fwd_sm90_bf16_d128_causal_long"
     assert symbol(1000, H=256) == "jfa_fwd_sm90_bf16_d256_full_short"
 
 

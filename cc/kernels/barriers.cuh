@@ -3,7 +3,7 @@
 #ifndef JAX_FLASHATTN_CC_KERNELS_BARRIERS_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_BARRIERS_CUH_
 
-#include "base.cuh"
+#include "ptx.cuh"
 
 namespace jfa {
 
@@ -19,6 +19,16 @@ JFA_DEVICE void MbarrierArrive(uint32 barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier)
                : "memory");
 #endif
+}
+// How many lanes of a warp arrive where one could for all of them, after __syncwarp(). One, but for
+// racecheck, which doesn't follow that (docs/performance.md): scripts/sanitize_cuda.py writes 32.
+constexpr int kArrivingLanes = 1;
+JFA_DEVICE void MbarrierInitWarps(uint32 barrier, int warps) {
+  MbarrierInit(barrier, warps * kArrivingLanes);
+}
+// All lanes of a warp.
+JFA_DEVICE void MbarrierArriveWarp(uint32 barrier) {
+  if (kArrivingLanes == kWarpSize || ReadLaneIndex() == 0) MbarrierArrive(barrier);
 }
 // Arrives when all earlier cp.async of this thread have landed; counted in the initial number.
 JFA_DEVICE void MbarrierArriveAfterCopies(uint32 barrier) {

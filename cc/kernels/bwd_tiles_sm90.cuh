@@ -229,7 +229,7 @@ struct BwdTilesSm90 {
   // One lane per warp: a buffer is free when all consumer warps say so, each after all its lanes.
   static JFA_DEVICE void Arrive(uint32 barrier) {
     __syncwarp();
-    if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
+    MbarrierArriveWarp(barrier);
   }
 
   // A warpgroup's 64 keys, from `first_key` of the panel on, x kRows rows.
@@ -335,9 +335,9 @@ struct BwdTilesSm90 {
       MbarrierInit(Address(smem, kFullKv), 1);
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullQ, stage), 1 + kWarpSize);
-        MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyQ, stage), 4 * kConsumers);
         MbarrierInit(Address(smem, kFullDo, stage), 1);
-        MbarrierInit(Address(smem, kEmptyDo, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyDo, stage), 4 * kConsumers);
       }
       FenceMbarrierInit();
     }

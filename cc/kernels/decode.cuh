@@ -21,8 +21,10 @@
 //             CTAs of a cluster may take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
 //             they are 8-bit floats, 128 to a panel, and fragments_fp8.cuh has the products.
-// Barriers    per stage a full and an empty mbarrier; kConsumersDone among consumers; for what the
-//             CTAs of a cluster send each other an mbarrier.
+// Barriers    per stage a full and an empty mbarrier; for what the CTAs of a cluster send each
+// other
+//             an mbarrier; kBarriersMade, for all but who makes these; kConsumersDone among
+//             consumers.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
 // Registers   output kHeadDimV / 2, scores 2 * keys of a warp / 8, and about 70 more.
@@ -73,7 +75,7 @@ struct Decode {
   static constexpr int kSmemBarriers = kSmemStats + 8 * kMergedRows;
   static constexpr int kSmemResults = kSmemBarriers + 16 * C::kStages;  // the cluster's mbarrier
   static constexpr int kSmemBytes = kSmemResults + 16;
-  enum NamedBarrier { kConsumersDone = 1 };
+  enum NamedBarrier { kConsumersDone = 1, kBarriersMade };
 
   static_assert(C::kRows == 16 * kRowWarps && kConsumerWarps == kRowWarps * kKeyWarps,
                 "the warps share out the rows");
@@ -303,8 +305,8 @@ struct Decode {
         }
         const float2 all = total(row);
         if (!C::kParts && partial >= 0) {
-          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
+          if (column == 0) scratch.RowsOf(partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
           store(row, column, x, all);
@@ -334,16 +336,18 @@ struct Decode {
     };
     if (!C::kParts && ReadThreadIndex() == 0) {
       const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, {0, 0}};
-      const int start = walk.begin + walk.tile;
-      scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
-                                     walk.tile < 0 ? walk.batch : -1, walk.unit};
+      if (blockIdx.x == 0) *scratch.header = {walk.total, walk.num_ctas, walk.parts, 0};
+      if (walk.parts == 0) {
+        const int start = walk.begin + walk.tile;
+        scratch.records[blockIdx.x] = {start, start + Blocks(problem, walk.batch).Count(),
+                                       walk.tile < 0 ? walk.batch : -1, walk.unit};
+      }
     }
-    while (walk.tile < walk.length) {
+    while (!walk.AtEnd()) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
-      const int count = tiles.Count(), first = Max(-walk.tile, 0);
-      const int last = Min(walk.length - walk.tile, count);
+      const int count = tiles.Count();
+      const DecodeVisit visit = walk.VisitOf(count);
       const Rows rows(params, walk.batch, walk.unit);
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
@@ -420,7 +424,7 @@ struct Decode {
           }
         }
       };
-      const auto first_key = [&](int i) { return tiles.blocks.At(i) * C::kBlockN; };
+      const auto first_key = [&](int i) { return tiles.blocks.At(visit.At(i)) * C::kBlockN; };
       // Waits for the ring's next buffer.
       const auto wait = [&] {
         MbarrierWait(Full(smem, ring.stage), ring.parity);
@@ -461,7 +465,7 @@ struct Decode {
           Wide::StartOutputs(out, p, smem_v);
         };
 #pragma unroll 1
-        for (int i = first; i + 1 < last; ++i) {
+        for (int i = 0; i + 1 < visit.num; ++i) {
           const bool needs_mask = weigh(first_key(i));
           Wide::StartScores(s, smem + kSmemQ, wait(), row_warp);
           start_outputs(first_key(i), needs_mask);
@@ -470,14 +474,14 @@ struct Decode {
           release(ring.stage);
           ring.Advance();
         }
-        const bool needs_mask = weigh(first_key(last - 1));
-        start_outputs(first_key(last - 1), needs_mask);
+        const bool needs_mask = weigh(first_key(visit.num - 1));
+        start_outputs(first_key(visit.num - 1), needs_mask);
         WgmmaWait<0>();
         Pin(out);
         release(values.stage);
       } else {
 #pragma unroll 1
-        for (int i = first; i < last; ++i) {
+        for (int i = 0; i < visit.num; ++i) {
           Scores s;
           Clear(s);
           ScoreGemm(s, smem + kSmemQ, wait(), row_warp, key_warp, lane);
@@ -493,9 +497,7 @@ struct Decode {
         }
       }
 
-      const int partial = first > 0      ? DecodeScratch::kHead
-                          : last < count ? DecodeScratch::kTail
-                                         : -1;
+      const int partial = walk.PartialOf(visit, count);
       if constexpr (C::kWgmma) {
         NamedBarrierSync(kConsumersDone, kConsumers);  // all are done with Q
         Wide::Store(params, rows, sequence, partial, out, softmax, smem + kSmemQ, row_warp, lane);
@@ -509,21 +511,36 @@ struct Decode {
 
   static JFA_DEVICE void Run(const DecodeParams& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    if (C::kTma && threadIdx.x == 0) {
-      TmaPrefetch(&params.k);
-      TmaPrefetch(&params.v);
-    }
-    // A thread of each warp, because one takes its time for many barriers.
-    if (threadIdx.x % kWarpSize == 0) {
-      const int warp = threadIdx.x / kWarpSize;
-      for (int stage = warp; stage < C::kStages; stage += C::kWarps) {
-        MbarrierInit(Full(smem, stage), C::kTma ? 1 : kProducerWarps * kWarpSize);
-        MbarrierInit(Empty(smem, stage), kConsumerWarps);
+    if constexpr (C::kTma) {
+      // The warp that orders the first copies makes the barriers, and waits for nobody.
+      constexpr int kThreads = C::kWarps * kWarpSize;
+      if (threadIdx.x / kWarpSize == kConsumerWarps) {
+        const int lane = threadIdx.x % kWarpSize;
+        if (lane == 0) {
+          TmaPrefetch(&params.k);
+          TmaPrefetch(&params.v);
+          if (C::kParts) MbarrierInit(smem + kSmemResults, 1);
+        }
+        for (int stage = lane; stage < C::kStages; stage += kWarpSize) {
+          MbarrierInit(Full(smem, stage), 1);
+          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+        }
+        FenceMbarrierInit();
+        __syncwarp();
+        NamedBarrierArrive(kBarriersMade, kThreads);
+      } else {
+        NamedBarrierSync(kBarriersMade, kThreads);
       }
-      if (C::kParts && warp == 0) MbarrierInit(smem + kSmemResults, 1);
-      if constexpr (C::kTma) FenceMbarrierInit();
+    } else {
+      // A thread of each warp, because one takes its time for many barriers.
+      if (threadIdx.x % kWarpSize == 0) {
+        for (int stage = threadIdx.x / kWarpSize; stage < C::kStages; stage += C::kWarps) {
+          MbarrierInit(Full(smem, stage), kProducerWarps * kWarpSize);
+          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
     LetKernelBehindStart();
     constexpr bool kGive = C::kWgmma && C::kMinBlocks * C::kWarps > 8;
     if (threadIdx.x < kConsumers) {

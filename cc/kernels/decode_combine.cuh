@@ -88,24 +88,35 @@ struct DecodeCombine {
     const int share = warp & ((1 << log2) - 1);
     const int row = (blockIdx.x - index * row_groups) * group_rows + (warp >> log2);
     WaitForKernelBefore();
-    // Where there are fewer tiles than CTAs, there is a place in the grid for each of them only.
-    const int num_tiles =
-        problem.batch * CeilDiv(problem.num_kv_heads, C::kTileHeads) * params.row_tiles;
-    const int cta = num_tiles < params.num_ctas - 1
-                        ? FindBoundary(scratch, params, num_tiles, index)
-                        : 1 + index;
-    // Both are asked for before one is waited for; the record of a CTA that has none isn't used.
+    const int num_units = CeilDiv(problem.num_kv_heads, C::kTileHeads) * params.row_tiles;
+    const int num_tiles = problem.batch * num_units;
+    // The first CTA that shares the tile with one before it, and how many do.
+    int cta, num_parts, batch, unit;
     const DecodeScratch::Header header = *scratch.header;
-    const DecodeScratch::Record tile = scratch.records[Min(cta, params.num_ctas - 1)];
-    const Stretches stretches(header.total, header.num_ctas);
-    if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
-      return;
+    if (header.parts > 0) {
+      if (header.parts == 1 || index >= num_tiles) return;
+      cta = index * header.parts + 1;
+      num_parts = header.parts;
+      batch = index / num_units;
+      unit = index - batch * num_units;
+    } else {
+      // Where there are fewer tiles than CTAs, there is a place in the grid for each of them only.
+      cta = num_tiles < params.num_ctas - 1 ? FindBoundary(scratch, params, num_tiles, index)
+                                            : 1 + index;
+      // The record of a CTA that has none isn't used.
+      const DecodeScratch::Record tile = scratch.records[Min(cta, params.num_ctas - 1)];
+      const Stretches stretches(header.total, header.num_ctas);
+      if (cta >= header.num_ctas || tile.batch < 0 || stretches.Begin(cta - 1) > tile.tile_start) {
+        return;
+      }
+      num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
+      batch = tile.batch;
+      unit = tile.unit;
     }
-    const DecodeRows<C::kRows, C::kTileHeads> rows(params, tile.batch, tile.unit);
+    const DecodeRows<C::kRows, C::kTileHeads> rows(params, batch, unit);
     const bool has_row = rows.Exists(problem, row);
 
-    const int num_parts = stretches.OwnerOf(tile.tile_end - 1) - cta + 2;
-    const Sequence sequence = Sequence::Dense(problem, tile.batch, 0);
+    const Sequence sequence = Sequence::Dense(problem, batch, 0);
     const int token = rows.TokenOf(problem, row), head = rows.HeadOf(problem, row);
     for (int column0 = 0; column0 < problem.head_dim_v; column0 += 4 * kWarpSize) {
       const int column = column0 + 4 * lane;
@@ -119,12 +130,11 @@ struct DecodeCombine {
           for (int i = 0; i < kAtOnce; ++i) {
             const int p = part + (i << log2);
             if (p >= num_parts) break;
-            const int owner = cta - 1 + p;
-            const int which = p == 0 ? DecodeScratch::kTail : DecodeScratch::kHead;
-            parts_of[i].total = scratch.RowsOf(owner, which)[row];
+            const int partial = DecodeScratch::PartialOf(
+                cta - 1 + p, p == 0 ? DecodeScratch::kTail : DecodeScratch::kHead);
+            parts_of[i].total = scratch.RowsOf(partial)[row];
             parts_of[i].x = *reinterpret_cast<const float4*>(
-                scratch.OutOf(owner, which) + static_cast<int64>(row) * problem.head_dim_v +
-                column);
+                scratch.OutOf(partial) + static_cast<int64>(row) * problem.head_dim_v + column);
           }
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) sum.Add(parts_of[i].x, parts_of[i].total);
@@ -140,8 +150,7 @@ struct DecodeCombine {
         }
       }
       if (has_columns && share == 0) {
-        StoreResult<C::kBf16>(params.fwd, sequence, tile.batch, head, token, column, sum.x,
-                              sum.total);
+        StoreResult<C::kBf16>(params.fwd, sequence, batch, head, token, column, sum.x, sum.total);
       }
     }
   }

@@ -134,12 +134,12 @@ struct DecodeCopies {
       full = Kernel::Full(smem, ring.stage);
       ring.Advance();
     };
-    while (walk.tile < walk.length) {
+    while (!walk.AtEnd()) {
       const Blocks tiles(fwd.problem, walk.batch);
       const int count = tiles.Count(), kv_head = walk.unit / params.row_tiles;
-      const int last = Min(walk.length - walk.tile, count);
-      for (int i = Max(-walk.tile, 0); i < last; ++i) {
-        const int key0 = tiles.blocks.At(i) * C::kBlockN;
+      const DecodeVisit visit = walk.VisitOf(count);
+      for (int i = 0; i < visit.num; ++i) {
+        const int key0 = tiles.blocks.At(visit.At(i)) * C::kBlockN;
         if constexpr (C::kTma) {
           const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
           if (brings_k) {

@@ -13,8 +13,15 @@
 // stretch (head), and of one that ends after it (tail). The combine kernel merges them, in the
 // order of the CTAs: nothing depends on timing.
 //
-// With kParts, each tile is shared equally by the CTAs of a cluster instead (decode_cluster.cuh),
-// and nothing is left to merge: for sequences so short that a second kernel would cost more.
+// Where all tiles visit as many blocks, and the CTAs are a multiple of the tiles or the reverse,
+// each tile is in equal parts instead, whose CTAs take its blocks in turns. What is read at the
+// same time then lies beside each other, all heads of a token first, which memory is faster at:
+//
+//   b0 k0  |0 1 2 0 1 2 ...      CTAs, by what they take: b0 part 0 k0, b0 part 0 k1, ...,
+//   b0 k1  |0 1 2 0 1 2 ...      b0 part 1 k0, ..., b1 part 0 k0, ...
+//
+// With kParts the parts of a tile are a cluster's CTAs (decode_cluster.cuh), and nothing is left to
+// merge: for sequences so short that a second kernel would cost more.
 #ifndef JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_DECODE_SHARE_CUH_
 
@@ -34,7 +41,8 @@ struct DecodeScratch {
   struct Header {
     int total;  // blocks
     int num_ctas;
-    int unused[2];
+    int parts;  // of each tile; 0: the CTAs have stretches of the line
+    int unused;
   };
   Header* header;
   Record* records;
@@ -55,11 +63,11 @@ struct DecodeScratch {
     return s;
   }
   static constexpr int kHead = 0, kTail = 1;
-  JFA_DEVICE float2* RowsOf(int cta, int which) const {
-    return rows + (2 * cta + which) * rows_stored;
-  }
-  JFA_DEVICE float* OutOf(int cta, int which) const {
-    return out + (2 * cta + which) * rows_stored * static_cast<int64>(head_dim_v);
+  // Number of a partial result; a tile's parts are heads, but for the first one.
+  static JFA_DEVICE int PartialOf(int cta, int which) { return 2 * cta + which; }
+  JFA_DEVICE float2* RowsOf(int partial) const { return rows + partial * rows_stored; }
+  JFA_DEVICE float* OutOf(int partial) const {
+    return out + partial * rows_stored * static_cast<int64>(head_dim_v);
   }
 };
 
@@ -92,28 +100,49 @@ struct DecodeSequence {
   JFA_DEVICE int Count() const { return Max(blocks.Count(), 1); }
 };
 
-// The stretch of one CTA, and the tile that it stands at. Used by whole warps.
+// The blocks of a tile that a CTA visits.
+struct DecodeVisit {
+  int first, step, num;
+  JFA_DEVICE int At(int i) const { return first + i * step; }
+};
+
+// The stretch of one CTA, or its parts of tiles, and the tile that it stands at. Used by whole
+// warps.
 template <MaskKind kMask, int kBlockN, int kTileHeads, bool kParts>
 struct DecodeWalk {
   using Blocks = DecodeSequence<kMask, kBlockN>;
 
   int total, num_ctas;
-  int begin, length;  // of the stretch
-  int tile;         // where the tile begins, from the stretch's begin; the first one may be below 0
+  int parts, part;  // of a tile, and which one of them; 0: a stretch
+  int begin;        // of the stretch
+  int length;       // of the stretch; or the number of parts of all tiles
+  // Where the tile begins, from the stretch's begin, the first one may be below 0; or the number of
+  // the part.
+  int tile;
   int batch, unit;  // unit: key head (or pair of them) * row_tiles + row tile
   int num_units;
 
   JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
     const ProblemParams& p = params.fwd.problem;
     num_units = CeilDiv(p.num_kv_heads, kTileHeads) * params.row_tiles;
+    total = begin = part = 0;
     if constexpr (kParts) {
-      TakePart(p, params.parts_log2, cta);
+      parts = 1 << params.parts_log2;
+      part = cta & (parts - 1);
+      tile = cta >> params.parts_log2;
+      num_ctas = length = p.batch * num_units;
+      batch = tile / num_units;
+      unit = tile - batch * num_units;
       return;
     }
     const bool alike =
         p.q_lengths == nullptr && p.kv_lengths == nullptr && p.query_offsets == nullptr;
     if (alike) {
       const int count = Blocks(p, 0).Count();
+      if (params.parts > 0) {
+        TakeParts(params, cta, count);
+        return;
+      }
       total = p.batch * num_units * count;
       Divide(params.num_ctas, cta);
       const int index = begin / count;
@@ -126,8 +155,21 @@ struct DecodeWalk {
     const int lane = ReadLaneIndex(), each = CeilDiv(p.batch, kWarpSize);
     const int first = Min(lane * each, p.batch), last = Min(first + each, p.batch);
     int own = 0;
+    uint32 least = ~0u, most = 0;
 #pragma unroll 4
-    for (int b = first; b < last; ++b) own += Blocks(p, b).Count();
+    for (int b = first; b < last; ++b) {
+      const uint32 count = Blocks(p, b).Count();
+      own += count;
+      least = count < least ? count : least;
+      most = count > most ? count : most;
+    }
+    if (params.parts > 0) {
+      most = __reduce_max_sync(kFullWarp, most);
+      if (__reduce_min_sync(kFullWarp, least) == most) {
+        TakeParts(params, cta, most);
+        return;
+      }
+    }
     int sum = own;  // inclusive prefix sum
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -149,8 +191,35 @@ struct DecodeWalk {
     tile = unit * count - left;
   }
 
+  JFA_DEVICE bool AtEnd() const { return tile >= length; }
+
+  // Of the tile that it stands at, which has `count` blocks. A cluster's CTA may have none, but
+  // comes to the tile all the same: somebody waits for its result.
+  JFA_DEVICE DecodeVisit VisitOf(int count) const {
+    if (parts > 0) return {part, parts, CeilDiv(Max(count - part, 0), parts)};
+    const int first = Max(-tile, 0);
+    return {first, 1, Min(length - tile, count) - first};
+  }
+  // The number in scratch of what such a visit yields; -1 if that is the whole tile's result, or is
+  // sent to the cluster.
+  JFA_DEVICE int PartialOf(const DecodeVisit& visit, int count) const {
+    if (kParts || visit.num == count) return -1;
+    const int slot = parts > 0 ? (batch * num_units + unit) * parts + part : blockIdx.x;
+    return DecodeScratch::PartialOf(slot,
+                                    visit.first > 0 ? DecodeScratch::kHead : DecodeScratch::kTail);
+  }
+
   // To the next tile; `count` is the number of blocks of this one.
   JFA_DEVICE void Advance(int count) {
+    if constexpr (kParts) {
+      tile = length;
+      return;
+    }
+    if (parts > 0) {
+      tile += gridDim.x;
+      TakePart();
+      return;
+    }
     tile += count;
     if (++unit == num_units) {
       unit = 0;
@@ -159,21 +228,24 @@ struct DecodeWalk {
   }
 
  private:
-  // The part of a cluster's CTA in the cluster's tile. It may be empty, but then it isn't the first
-  // one, and the walk comes to the tile all the same: somebody waits for its result.
-  JFA_DEVICE void TakePart(const ProblemParams& p, int parts_log2, int cta) {
-    const int size = 1 << parts_log2, index = cta >> parts_log2, rank = cta & (size - 1);
-    batch = index / num_units;
-    unit = index - batch * num_units;
-    const int count = Blocks(p, batch).Count();
-    const auto part_begin = [&](int part) { return (count * part + size - 1) >> parts_log2; };
-    tile = -part_begin(rank);
-    length = part_begin(rank + 1) + tile;
-    begin = total = num_ctas = 0;  // there is no line
+  // All tiles have `count` blocks.
+  JFA_DEVICE void TakeParts(const DecodeParams& params, int cta, int count) {
+    parts = Min(params.parts, count);
+    length = params.fwd.problem.batch * num_units * parts;
+    num_ctas = params.num_ctas;
+    tile = cta;
+    TakePart();
+  }
+  JFA_DEVICE void TakePart() {
+    const int others = tile / num_units;
+    unit = tile - others * num_units;
+    batch = others / parts;
+    part = others - batch * parts;
   }
 
   // CTAs without a block of their own would be ends of stretches that nobody walks.
   JFA_DEVICE void Divide(int most, int cta) {
+    parts = 0;
     num_ctas = Min(most, total);
     const Stretches stretches(total, num_ctas);
     const bool works = cta < num_ctas;

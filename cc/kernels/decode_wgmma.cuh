@@ -121,8 +121,8 @@ struct DecodeWgmma {
                                      __uint_as_float(bits.z), __uint_as_float(bits.w));
         if (row >= rows.num || column >= problem.head_dim_v) continue;
         if (partial >= 0) {
-          if (column == 0) scratch.RowsOf(blockIdx.x, partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(blockIdx.x, partial) +
+          if (column == 0) scratch.RowsOf(partial)[row] = all;
+          *reinterpret_cast<float4*>(scratch.OutOf(partial) +
                                      static_cast<int64>(row) * problem.head_dim_v + column) = x;
         } else {
           StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),

@@ -189,9 +189,7 @@ struct FwdFp8Sm90 {
   }
 
   // One lane per warp: a buffer is free when all warps that use it say so.
-  static JFA_DEVICE void Arrive(uint32 barrier) {
-    if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
-  }
+  static JFA_DEVICE void Arrive(uint32 barrier) { MbarrierArriveWarp(barrier); }
 
   static JFA_DEVICE void TakeTurn(int group) {
     if constexpr (C::kPingPong) NamedBarrierSync(kTurn + group, 2 * kGroupThreads);
@@ -441,21 +439,21 @@ struct FwdFp8Sm90 {
       TmaPrefetch(&params.out);
       for (int stage = 0; stage < C::kStagesQ; ++stage) {
         MbarrierInit(Address(smem, kFullQ, stage), 1);
-        MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyQ, stage), 4 * kConsumers);
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
         MbarrierInit(Address(smem, kFullTile, slot), 1);
-        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyTile, slot), 4 * kConsumers);
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
-        MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
-        MbarrierInit(Address(smem, kFullT, stage), kTransposers);
-        MbarrierInit(Address(smem, kEmptyT, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyK, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kFullT, stage), kTransposers);
+        MbarrierInitWarps(Address(smem, kEmptyT, stage), 4 * kConsumers);
       }
       for (int stage = 0; stage < C::kStagesV; ++stage) {
         MbarrierInit(Address(smem, kFullV, stage), 1);
-        MbarrierInit(Address(smem, kEmptyV, stage), kTransposers);
+        MbarrierInitWarps(Address(smem, kEmptyV, stage), kTransposers);
       }
       FenceMbarrierInit();
     }

@@ -48,8 +48,8 @@ struct FwdProducersSm90 {
       const bool more = walk.template Next<(Kernel::kTileSlots > 2)>(&slot->tile);
       __syncwarp();
       if (more) slot->SetRest(walk.params.fwd.problem, leader);
-      if (leader) {
-        if (!more) slot->tile.row0 = -1;
+      if (kArrivingLanes == kWarpSize || leader) {
+        if (leader && !more) slot->tile.row0 = -1;
         MbarrierArrive(Kernel::Address(smem, Kernel::kFullTile, t.stage));
       }
       __syncwarp();

@@ -76,8 +76,9 @@ struct FwdSm90 {
   static constexpr int kBytesK = kPanels * kPanelBytesN;
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
   using Keys8 = KeysFp8Sm90<C, FwdSm90>;
-  static constexpr bool kBf16 = C::kBf16 && !C::kFp8;           // what is multiplied
-  static constexpr int kWriters = C::kFp8 ? Keys8::kWarps : 1;  // of a buffer of K or V
+  static constexpr bool kBf16 = C::kBf16 && !C::kFp8;  // what is multiplied
+  // Arrivals at a full buffer of K or V.
+  static constexpr int kWriters = C::kFp8 ? Keys8::kWarps * kArrivingLanes : 1;
   static constexpr bool kTwoProducers = C::kPaged && !C::kFp8;
 
   static constexpr int kSmemQ = 0;
@@ -202,9 +203,7 @@ struct FwdSm90 {
   }
 
   // One lane per warp: a buffer is free when all consumer warps say so.
-  static JFA_DEVICE void Arrive(uint32 barrier) {
-    if (ReadLaneIndex() == 0) MbarrierArrive(barrier);
-  }
+  static JFA_DEVICE void Arrive(uint32 barrier) { MbarrierArriveWarp(barrier); }
 
   // Padding may hold NaN, which a weight of zero doesn't silence. TMA zeroes what lies beyond the
   // array, this what lies beyond a sequence's length, which only a tile's first block may hold.
@@ -508,21 +507,22 @@ struct FwdSm90 {
       TmaPrefetch(&params.out);
       for (int stage = 0; stage < C::kStagesQ; ++stage) {
         MbarrierInit(Address(smem, kFullQ, stage), 1);
-        MbarrierInit(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyQ, stage), 4 * kConsumers);
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
-        MbarrierInit(Address(smem, kFullTile, slot), 1);
-        MbarrierInit(Address(smem, kEmptyTile, slot), 4 * kConsumers + (kTwoProducers ? 2 : 1));
+        MbarrierInitWarps(Address(smem, kFullTile, slot), 1);
+        MbarrierInitWarps(Address(smem, kEmptyTile, slot),
+                          4 * kConsumers + (kTwoProducers ? 2 : 1));
       }
       for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), kWriters);
-        MbarrierInit(Address(smem, kEmptyK, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyK, stage), 4 * kConsumers);
         MbarrierInit(Address(smem, kFullV, stage), kWriters);
-        MbarrierInit(Address(smem, kEmptyV, stage), 4 * kConsumers);
+        MbarrierInitWarps(Address(smem, kEmptyV, stage), 4 * kConsumers);
       }
       for (int stage = 0; stage < C::kStages8; ++stage) {
         MbarrierInit(Address(smem, kFull8, stage), 1);
-        MbarrierInit(Address(smem, kEmpty8, stage), Keys8::kWarps);
+        MbarrierInitWarps(Address(smem, kEmpty8, stage), Keys8::kWarps);
       }
       FenceMbarrierInit();
     }

@@ -87,6 +87,7 @@ struct DecodeParams {
   FwdParams fwd;
   int num_ctas;    // that share the key blocks
   int parts_log2;  // Config::kParts: how many CTAs, a cluster, share one tile
+  int parts;       // else: how many CTAs share a tile where all visit as many blocks; 0: a line
   int rows;        // queries of a tile's key heads: q_len * group, times 2 for pairs
   int row_tiles;   // tiles of kRows of them
   int merge_log2;  // DecodeCombine: how many warps merge a row

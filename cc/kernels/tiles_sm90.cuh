@@ -42,12 +42,13 @@ struct TilesSm90 {
     // All items but the CTAs' first are either taken in turn, or by who is free. The next one is
     // asked for when this one begins, and the answer looked at when it is needed.
     JFA_DEVICE void Advance() {
-      if (params.counter == nullptr) {
+      if (!IsCounted()) {
         item += gridDim.x;
       } else if (ReadLaneIndex() == 0) {
         item = gridDim.x + atomicAdd(params.counter, 1u);
       }
     }
+    JFA_DEVICE bool IsCounted() const { return C::kCounted && params.counter != nullptr; }
 
     JFA_DEVICE uint32 NumHeads() const {
       return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
@@ -59,7 +60,7 @@ struct TilesSm90 {
       const ProblemParams& problem = params.fwd.problem;
       while (true) {
         if (!kAsksEarly && due) Advance();
-        if (params.counter != nullptr) item = __shfl_sync(kFullWarp, item, 0);
+        if (IsCounted()) item = __shfl_sync(kFullWarp, item, 0);
         if (item >= num_items) return false;
         const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
         const bool alike = kMask == MaskKind::kFull || params.paired;
