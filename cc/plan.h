@@ -75,6 +75,12 @@ struct KernelSpec {
   // It is launched while the kernel before it runs, and waits for its results by itself.
   bool starts_early = false;
   int q_bytes = 2, kv_bytes = 2;  // of an element of q, and of k and v
+  // Fields of `config` as numbers, 0 where there is none: every call asks for them, and a search
+  // among names takes longer than all else that a call computes.
+  struct {
+    int block_m, block_n, rows, tile_heads, head_dim, head_dim_v, min_blocks;
+    bool counted, finder_warp;
+  } fields = {};
 };
 
 // The kernels of one call in launch order (forward: 1; backward: preprocess, main, postprocess;
@@ -104,27 +110,17 @@ struct Problem {
   bool has_counter = false;  // forward only: there is a word of memory to count tiles with
   bool alike = false;        // all its sequences have the same lengths
   int64_t page_size = 0;     // 0: keys aren't in pages
-  int forced_cluster = -1;   // CTAs that share a tile, 0 for none; -1: ShareDecode chooses
+  int forced_cluster = -1;   // CTAs that share a tile, 0 for none; -1: the plan chooses
 };
-
-struct Grid {
-  uint32_t x, y, z;
-  uint32_t cluster = 1;  // so many CTAs that follow each other run at the same time
-};
-// Grid of kernel `index` of the plan on a GPU with that many multiprocessors. Any zero extent
-// means: nothing to launch.
-Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
-              int multiprocessors);
 
 // Whether its CTAs stay: kernel `index` of the plan.
 bool StaysOnMultiprocessors(const Plan& plan, int index, const Variant& variant);
 
-// Whether the CTAs that stay take tiles as they get free, by a counter, and not in turn.
-bool CountsTiles(const Plan& plan, const Variant& variant, const Problem& problem);
-
-// FwdSm90Params::paired: whether a work item is a long row tile and a short one.
-bool PairsTiles(const Plan& plan, const Variant& variant, const Problem& problem,
-                int multiprocessors);
+// How the Hopper forward's row tiles are shared out.
+struct ForwardShare {
+  bool counted = false;  // CTAs that stay take tiles as they get free, by a counter, not in turn
+  bool paired = false;   // FwdSm90Params::paired: a work item is a long row tile and a short one
+};
 
 // Key heads of a decode call's tile.
 int DecodeTileHeads(const KernelSpec& kernel);
@@ -135,9 +131,26 @@ struct DecodeShare {
   int64_t ctas = 0;               // 0: the call can't be run
   int kernel = kDecodeStretches;  // of the plan: that one, or kDecodeParts
   int parts_log2 = 0;             // kDecodeParts: how many CTAs, a cluster, share one tile
+  int parts = 0;                  // kDecodeStretches: of a tile, if all visit as many blocks; or 0
   int merge_log2 = 0;             // kDecodeCombine: how many warps merge a row
 };
-DecodeShare ShareDecode(const Plan& plan, const Problem& problem, int multiprocessors);
+
+// Who does what of a call, for all its kernels, on a GPU with that many multiprocessors.
+struct Share {
+  int multiprocessors = 0;
+  ForwardShare forward;
+  DecodeShare decode;
+};
+Share ShareWork(const Plan& plan, const Variant& variant, const Problem& problem,
+                int multiprocessors);
+
+struct Grid {
+  uint32_t x, y, z;
+  uint32_t cluster = 1;  // so many CTAs that follow each other run at the same time
+};
+// Grid of kernel `index` of the plan. Any zero extent means: nothing to launch.
+Grid MakeGrid(const Plan& plan, int index, const Variant& variant, const Problem& problem,
+              const Share& share);
 
 // What results that XLA plans must hold for one (batch, kv head); from static sizes only.
 // Rows of backward scratch for one query head: sequences are padded to whole tiles.
