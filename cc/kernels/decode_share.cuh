@@ -121,8 +121,10 @@ struct DecodeWalk {
   int tile;
   int batch, unit;  // unit: key head (or pair of them) * row_tiles + row tile
   int num_units;
+  bool paged;  // parts are of blocks that follow each other: pages are looked up for many at a time
 
-  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) {
+  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta)
+      : paged(params.fwd.pages.table != nullptr) {
     const ProblemParams& p = params.fwd.problem;
     num_units = CeilDiv(p.num_kv_heads, kTileHeads) * params.row_tiles;
     total = begin = part = 0;
@@ -196,6 +198,10 @@ struct DecodeWalk {
   // Of the tile that it stands at, which has `count` blocks. A cluster's CTA may have none, but
   // comes to the tile all the same: somebody waits for its result.
   JFA_DEVICE DecodeVisit VisitOf(int count) const {
+    if (parts > 0 && paged) {
+      const auto begin = [&](int i) { return (count * i + parts - 1) / parts; };
+      return {begin(part), 1, begin(part + 1) - begin(part)};
+    }
     if (parts > 0) return {part, parts, CeilDiv(Max(count - part, 0), parts)};
     const int first = Max(-tile, 0);
     return {first, 1, Min(length - tile, count) - first};
