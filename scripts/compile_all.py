@@ -20,7 +20,7 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 ARCH = 6  # where a variant, the arguments of cuda_warm, has its architecture
 OPS = (("fwd", ()), ("bwd", ()), ("bwd", ("deterministic",)))
-KEYS = (512, 16384)
+KEYS = (512, 4096, 16384)
 LAYOUTS = ((), ("segments",), ("packed",))
 
 

@@ -62,7 +62,7 @@ FP8_KV_FACTORS = {
 
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
-    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short)?", symbol)
+    plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short|_long)?", symbol)
     if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
