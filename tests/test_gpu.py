@@ -124,6 +124,16 @@ def test_padding_never_leaks(H, offset, value, dtype):
     oracle.check(*inputs, poison=poison, is_causal=True, query_offset=offset, **lengths)
 
 
+@pytest.mark.parametrize("S", [900, 1500, 4200])
+@pytest.mark.parametrize("H", [64, 96, 128, 256])
+def test_logits_that_rise(H, S):
+    """Each block of keys has larger logits than those before, so that references must follow."""
+    q, k, v, dout, dlse = oracle.make_inputs(7, 1, 200, S, 2, 1, H, H, jnp.bfloat16)
+    ramp = np.linspace(4, 0.02, S, dtype=np.float32)[None, :, None, None]
+    k = (np.abs(k.astype(np.float32)) * ramp).astype(k.dtype)
+    oracle.check(np.abs(q.astype(np.float32)).astype(q.dtype), k, v, dout, dlse, scale=16 / H)
+
+
 @pytest.mark.parametrize("scale", [1e-4, -0.3, 2.0])
 def test_scale(scale):
     q, k, v, dout, dlse = oracle.make_inputs(8, 1, 170, 170, 2, 2, 64, 64, jnp.bfloat16)
