@@ -64,7 +64,7 @@ def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
     plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short|_long)?", symbol)
     if "decode" in symbol and symbol.endswith("_r32"):
-        return 16  # at head dim 128 in a window, at 256 with soft cap and ALiBi
+        return 16  # at head dim 128 under a mask, at 256 with soft cap and ALiBi
     if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
