@@ -26,6 +26,13 @@ def make_inputs(seed: int, B: int, T: int, S: int, N: int, K: int, H: int, Hv: i
     return *(x.astype(dtype) for x in arrays), dlse
 
 
+def rising(q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same with positive logits that grow to the left, the way in which kernels visit keys."""
+    ramp = np.linspace(4, 0.02, k.shape[1], dtype=np.float32)[None, :, None, None]
+    q_wide, k_wide = (np.abs(x.astype(np.float32)) for x in (q, k))
+    return q_wide.astype(q.dtype), (k_wide * ramp).astype(k.dtype)
+
+
 class Tokens(NamedTuple):
     """Where the tokens of one side stand: int64 `[B, length]`."""
 

@@ -63,8 +63,10 @@ FP8_KV_FACTORS = {
 def most_spilled(symbol: str) -> int:
     """Bytes of stack that a kernel may use: none, but for what docs/performance.md explains."""
     plain = re.fullmatch(r"jfa_fwd_sm\d+_b?f16_d\d+_(full|causal|local)(_short|_long)?", symbol)
-    if "decode" in symbol and symbol.endswith("_r32"):
-        return 16  # at head dim 128 under a mask, at 256 with soft cap and ALiBi
+    if re.fullmatch(
+        r"jfa_decode_sm90_b?f16_d(128|256)_(causal|local)(_softcap)?(_alibi)?_r32", symbol
+    ):
+        return 16
     if plain or "process" in symbol or "decode" in symbol:
         return 0
     return 64
