@@ -179,13 +179,18 @@ def test_peers_may_be_run_apart(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     cell = plain.cell("grid", 64, 32, True)
     groups = [plain._group(cell, "jax_flashattn"), serve.cold_group(decode_cell())]
+    groups.append(plain._half(64, True))
     monkeypatch.setattr(cuda, "SECTIONS", {"plain": lambda: groups})
     cuda.run(path)
     cuda.run(path, peers=["jax_xla"])
     rows = json.loads(path.read_text())["rows"]
     assert {row["run"] for row in rows} == {1, 2}
-    again = [(row["op"], row["impl"]) for row in rows if row["run"] == 2]
-    assert sorted(again) == [(op, x) for op in ("bwd", "fwd") for x in ("jax_flashattn", "jax_xla")]
+    again = [row for row in rows if row["run"] == 2]
+    beside = [(row["op"], row["impl"]) for row in again if row["set"] == "grid"]
+    ops = ("bwd", "fwd")
+    assert sorted(beside) == [(op, x) for op in ops for x in ("jax_flashattn", "jax_xla")]
+    ours = [(row["op"], row["dtype"]) for row in again if row["set"] != "grid"]
+    assert sorted(ours) == [(op, x) for op in ops for x in ("bfloat16", "float16")]
 
 
 def test_what_fails_is_noted_and_the_rest_timed():

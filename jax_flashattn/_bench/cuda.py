@@ -38,8 +38,8 @@ def run(
       only: names of sections, all by default.
       family: the kernels to force, which then are only compared in the plain cells. To be called
         before any other kernel of the process.
-      peers: the only implementations to compare with, in the cells that they take part in. Rows of
-        a run with others stay in the file.
+      peers: the only implementations to compare with. Cells with none of them are left out, but not
+        those that compare ours alone. Rows of a run with others stay in the file.
       limit: at most so many cells of each section, to see that everything runs.
 
     Raises:

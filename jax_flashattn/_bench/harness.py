@@ -205,11 +205,13 @@ def _print_rows(cell: Cell, rows: Sequence[Row]) -> None:
 
 
 def with_peers(groups: Sequence[Group], peers: Sequence[str]) -> list[Group]:
-    """The groups in which one of `peers` takes part, without the other ones."""
+    """The groups in which one of `peers` takes part, without the other ones, and those in which
+    several of our own are compared."""
     found = []
     for group in groups:
         entries = [x for x in group.entries if is_ours(x.impl) or x.impl in peers]
-        if not all(is_ours(entry.impl) for entry in entries):
+        ours = sum(is_ours(x.impl) for x in entries)
+        if len(entries) > ours or (ours > 1 and ours == len(group.entries)):
             found.append(dataclasses.replace(group, entries=entries))
     return found
 
