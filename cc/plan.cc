@@ -76,14 +76,15 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   common.head_dim = std::max(common.head_dim, 64);
   common.head_dim_v = std::max(common.head_dim_v, 64);
   const FwdSm90Tile tile = PickFwdSm90Tile(common.head_dim, common.head_dim_v, variant);
-  const int warps = 4 * (tile.block_m / 64 + 1);
-  // Panels of 64 columns, 128 bytes a row, or of 128 in 8 bits; then barriers: Q's two, and K's and
-  // V's per stage; notes on what is in 8 bits.
+  const int groups = tile.block_m / 64, warps = 4 * (groups + 1);
+  const int parts_q = tile.split_q ? groups : 1;
+  // Panels of 64 columns, 128 bytes a row, or of 128 in 8 bits; then barriers: two per stage of
+  // each part of Q, and K's and V's per stage; notes on what is in 8 bits.
   const int panels = (common.head_dim + 63) / 64, panels_v = (common.head_dim_v + 63) / 64;
   const int inputs = 128 * (panels * tile.stages_q * tile.block_m +
                             tile.stages * (panels + panels_v) * tile.block_n +
                             tile.stages_8 * ((std::max(panels, panels_v) + 1) / 2) * tile.block_n);
-  const int barriers = 8 * (2 * tile.stages_q + 4 * tile.stages + 2 * tile.stages_8) +
+  const int barriers = 8 * (2 * tile.stages_q * parts_q + 4 * tile.stages + 2 * tile.stages_8) +
                        (variant.fp8_kv ? 16 : 0) + tile.tile_slots * kTileSlotBytes;
   const int output = 128 * panels_v * tile.block_m;
   const bool stage_out = inputs + output + barriers <= smem_kb * 1024;
@@ -92,6 +93,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddKeyDtypes(&fields, variant);
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddBool(&fields, "kSplitQ", tile.split_q);
   AddInt(&fields, "kStages8", tile.stages_8);
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);
@@ -107,7 +109,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   const std::string length = !own ? "" : variant.keys == Length::kShort ? "_short" : "_long";
   KernelSpec kernel = {"fwd_sm90.cuh", "jfa_fwd_sm90" + common.suffix + length,
                        fields,         warps * 32,
-                       smem,           tile.block_m,
+                       smem,           tile.block_m / parts_q,
                        tile.block_n};
   if (variant.fp8_kv) kernel.kv_bytes = 1;
   return kernel;

@@ -138,7 +138,7 @@ DqTile PickDqTile(int size, int smem_kb) {
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   const auto fields = [](const FwdSm90Tile& t) {
     return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.weighing,
-                    t.finder_warp, t.tile_slots, t.counted, t.stages_8);
+                    t.finder_warp, t.tile_slots, t.counted, t.stages_8, t.split_q);
   };
   return fields(a) == fields(b);
 }
@@ -175,10 +175,13 @@ FwdSm90Tile PickFwdSm90WithFeatures(int size, int head_dim_v, const Variant& var
   const bool segments = variant.segments, packed = variant.packed;
   const bool is_short = variant.keys == Length::kShort;
   FwdSm90Tile tile{128, 128, 2, false};
+  using W = Weighing;
+  const bool only_paged = !segments && !packed && !variant.softcap && !variant.alibi;
   if (size <= 64) {
-    if (!segments) tile = {192, 112, 2, true};
+    if (!segments) tile = {192, 112, 2, true, 2, only_paged ? W::kSingle : W::kSearched};
   } else if (size <= 128) {
     if (segments) tile.block_n = 96;
+    if (only_paged) tile = {128, 128, 2, false, 1, W::kDouble, false, 2};
   } else if (size <= 192) {
     tile.block_n = segments ? 96 : head_dim_v <= 128 ? 128 : 112;
     tile.stages_q = 1;
@@ -226,7 +229,8 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
     if (full || is_short) return {128, block_n, 2, false, 1};
     return {128, block_n, 2, false, 1, W::kSearched, true, 2, true};
   }
-  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, 2, false};
+  if (is_short) return {128, 64, 2, false, 1, causal ? W::kDouble : W::kSearched, causal, 2, false};
+  return {128, 80, 2, false, 1, W::kSearched, causal, 2, causal};
 }
 
 }  // namespace
@@ -234,10 +238,12 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
 FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant) {
   if (variant.fp8_kv) return PickFwdFp8Keys(head_dim, head_dim_v, variant);
   const int size = std::max(head_dim, head_dim_v);
-  if (variant.segments || variant.softcap || variant.alibi || variant.paged) {
-    return PickFwdSm90WithFeatures(size, head_dim_v, variant);
-  }
-  return PickPlainFwdSm90(size, head_dim_v, variant);
+  const bool plain = !variant.segments && !variant.softcap && !variant.alibi && !variant.paged;
+  FwdSm90Tile tile = plain ? PickPlainFwdSm90(size, head_dim_v, variant)
+                           : PickFwdSm90WithFeatures(size, head_dim_v, variant);
+  tile.split_q =
+      size > 64 && size <= 128 && tile.block_m == 128 && tile.stages_q == 1 && !variant.packed;
+  return tile;
 }
 
 BwdSm90Tile PickBwdSm90Tile(int size, bool sends_slope) {

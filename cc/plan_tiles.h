@@ -50,6 +50,7 @@ struct FwdSm90Tile {
   int tile_slots = 3;
   bool counted = false;  // tiles go to who is free, not in turn
   int stages_8 = 0;      // of K or V in 8 bits
+  bool split_q = false;  // each warpgroup's queries are copied by themselves
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

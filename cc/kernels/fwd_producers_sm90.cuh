@@ -17,6 +17,7 @@ struct FwdProducersSm90 {
   using TileWalk = typename Tiles::Walk;
   using Keys = typename Tiles::Keys;
   using Work = typename Tiles::Work;
+  using Tile = typename Tiles::Tile;
   using Ring = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = typename Kernel::RingTile;
@@ -65,6 +66,24 @@ struct FwdProducersSm90 {
     return slot->tile.row0 < 0 ? nullptr : slot;
   }
 
+  // A tile's queries, by one lane, when their buffer is empty.
+  static JFA_DEVICE void LoadQueries(const FwdSm90Params& params, uint32 smem, const Tile& tile,
+                                     const RingQ& q) {
+    constexpr int kRows = C::kBlockM / Kernel::kPartsQ;
+#pragma unroll
+    for (int part = 0; part < Kernel::kPartsQ; ++part) {
+      const int buffer = Kernel::BufferQ(q.stage, part);
+      const uint32 full = Kernel::Address(smem, Kernel::kFullQ, buffer);
+      MbarrierWait(Kernel::Address(smem, Kernel::kEmptyQ, buffer), q.parity ^ 1);
+      MbarrierArriveExpect(full, Kernel::kBytesQ / Kernel::kPartsQ);
+      LoadPanels<Kernel::kPanels, Kernel::kPanelBytesM, Kernel::kPanelColumns>(
+          &params.q,
+          smem + Kernel::kSmemQ + q.stage * Kernel::kBytesQ + part * kRows * Kernel::kRowBytes,
+          full, tile.sequence.q_begin + tile.row0 + part * kRows, tile.head, tile.batch,
+          kL2EvictFirst);
+    }
+  }
+
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
@@ -102,30 +121,27 @@ struct FwdProducersSm90 {
       values.row = -1;
     };
     while (true) {
-      if (C::kStagesQ == 1) load_values();
+      // Before the values, for whose buffer it would wait.
       if constexpr (!C::kFinderWarp) finder.Put(smem_pointer);
+      if (C::kStagesQ == 1) load_values();
       const Work* slot = WaitTile(smem_pointer, t);
       if (slot == nullptr) break;
-      bool is_first = true;
       Keys keys = slot->keys;
       int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
+      bool needs_queries = block >= 0;
+      const auto load_queries = [&] {
+        if (leader) LoadQueries(params, smem, slot->tile, q);
+        q.Advance();
+        needs_queries = false;
+      };
+      // A second buffer of queries is free before one of keys is, the only one is later.
+      if (C::kStagesQ > 1 && needs_queries) load_queries();
       KeyPlace place;
       place.Set(params, slot->tile, block);
       while (block >= 0) {
         load_keys(place);
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(Kernel::Address(smem, Kernel::kEmptyQ, q.stage), q.parity ^ 1);
-            Copies::template Load<Kernel::kPanels, Kernel::kPanelBytesM>(
-                &params.q, smem + Kernel::kSmemQ + q.stage * Kernel::kBytesQ,
-                Kernel::Address(smem, Kernel::kFullQ, q.stage),
-                slot->tile.sequence.q_begin + slot->tile.row0, slot->tile.head, slot->tile.batch,
-                kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
-        }
+        if (C::kStagesQ == 1 && needs_queries) load_queries();
         load_values();
         values = place;
         num_values = slot->tile.sequence.kv_len - block * C::kBlockN;

@@ -75,6 +75,9 @@ struct FwdSm90 {
   static constexpr int kBytesQ = kPanels * kPanelBytesM;
   static constexpr int kBytesK = kPanels * kPanelBytesN;
   static constexpr int kBytesV = kPanelsV * kPanelBytesN;
+  // With kSplitQ each warpgroup's rows come by themselves: who has done with a tile gets the next
+  // one's while others still work.
+  static constexpr int kPartsQ = C::kSplitQ ? kConsumers : 1;
   using Keys8 = KeysFp8Sm90<C, FwdSm90>;
   static constexpr bool kBf16 = C::kBf16 && !C::kFp8;  // what is multiplied
   // Arrivals at a full buffer of K or V.
@@ -89,13 +92,14 @@ struct FwdSm90 {
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
   static constexpr int kTileSlots = C::kTileSlots, kSlotBytes = 256;
   static constexpr int kSmemNotes =
-      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * kTileSlots + 2 * C::kStages8);
+      kSmemBarriers +
+      8 * (2 * C::kStagesQ * kPartsQ + 4 * C::kStages + 2 * kTileSlots + 2 * C::kStages8);
   static constexpr int kSmemTiles = kSmemNotes + Keys8::kNoteBytes;
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
   enum Barrier {
     kFullQ = 0,
-    kEmptyQ = kFullQ + C::kStagesQ,
-    kFullK = kEmptyQ + C::kStagesQ,
+    kEmptyQ = kFullQ + C::kStagesQ * kPartsQ,
+    kFullK = kEmptyQ + C::kStagesQ * kPartsQ,
     kEmptyK = kFullK + C::kStages,
     kFullV = kEmptyK + C::kStages,
     kEmptyV = kFullV + C::kStages,
@@ -134,6 +138,10 @@ struct FwdSm90 {
 
   static JFA_DEVICE uint32 Address(uint32 smem, int barrier, int stage = 0) {
     return smem + kSmemBarriers + 8 * (barrier + stage);
+  }
+  // Which barriers of kFullQ and kEmptyQ are of a warpgroup's rows.
+  static JFA_DEVICE int BufferQ(int stage, int group) {
+    return kPartsQ == 1 ? stage : stage * kPartsQ + group;
   }
 
   using Tiles = TilesSm90<C>;
@@ -344,8 +352,9 @@ struct FwdSm90 {
       uint32 smem_q, empty_q;
       const auto wait_q = [&] {
         smem_q = smem + kSmemQ + q.stage * kBytesQ + group * kGroupRows * kRowBytes;
-        empty_q = Address(smem, kEmptyQ, q.stage);
-        MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
+        const int buffer = BufferQ(q.stage, group);
+        empty_q = Address(smem, kEmptyQ, buffer);
+        MbarrierWait(Address(smem, kFullQ, buffer), q.parity);
         q.Advance();
       };
       float score_scale = 1.f;
@@ -505,9 +514,9 @@ struct FwdSm90 {
       TmaPrefetch(&params.k);
       TmaPrefetch(&params.v);
       TmaPrefetch(&params.out);
-      for (int stage = 0; stage < C::kStagesQ; ++stage) {
-        MbarrierInit(Address(smem, kFullQ, stage), 1);
-        MbarrierInitWarps(Address(smem, kEmptyQ, stage), 4 * kConsumers);
+      for (int buffer = 0; buffer < C::kStagesQ * kPartsQ; ++buffer) {
+        MbarrierInit(Address(smem, kFullQ, buffer), 1);
+        MbarrierInitWarps(Address(smem, kEmptyQ, buffer), 4 * kConsumers / kPartsQ);
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
         MbarrierInitWarps(Address(smem, kFullTile, slot), 1);
