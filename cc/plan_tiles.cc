@@ -229,8 +229,7 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
     if (full || is_short) return {128, block_n, 2, false, 1};
     return {128, block_n, 2, false, 1, W::kSearched, true, 2, true};
   }
-  if (is_short) return {128, 64, 2, false, 1, causal ? W::kDouble : W::kSearched, causal, 2, false};
-  return {128, 80, 2, false, 1, W::kSearched, causal, 2, causal};
+  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, 2, causal && !is_short};
 }
 
 }  // namespace

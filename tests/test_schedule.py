@@ -150,13 +150,18 @@ def test_ctas(mask):
 
 
 def test_who_counts_tiles():
-    def share(mask, heads, length, *features):
+    def share(mask, heads, length, *features, head_dim=128):
         return _native.cuda_forward_share(
-            128, mask, features, 90, heads, length, length, MULTIPROCESSORS
+            head_dim, mask, features, 90, heads, length, length, MULTIPROCESSORS
         )
 
     assert share("causal", 16, 4096) == (MULTIPROCESSORS, True, False)
     assert share("full", 16, 4096) == (MULTIPROCESSORS, True, False)
+    # Few keys come in pairs of tiles, and full masks at head dim 256 in turn.
+    for head_dim in (128, 256):
+        assert share("causal", 500, 1024, head_dim=head_dim) == (MULTIPROCESSORS, False, True)
+    assert share("causal", 32, 4096, head_dim=256) == (MULTIPROCESSORS, True, False)
+    assert share("full", 32, 4096, head_dim=256) == (MULTIPROCESSORS, False, False)
     # One tile for each CTA needs neither a counter nor pairs.
     for mask in ("causal", "full"):
         assert share(mask, 4, 32 * 128) == (4 * 32, False, False)

@@ -129,19 +129,16 @@ struct FwdProducersSm90 {
       Keys keys = slot->keys;
       int block = keys.First();
       if (block < 0) load_values();  // the consumers first finish what they have
-      bool needs_queries = block >= 0;
-      const auto load_queries = [&] {
-        if (leader) LoadQueries(params, smem, slot->tile, q);
-        q.Advance();
-        needs_queries = false;
-      };
-      // A second buffer of queries is free before one of keys is, the only one is later.
-      if (C::kStagesQ > 1 && needs_queries) load_queries();
       KeyPlace place;
       place.Set(params, slot->tile, block);
+      bool is_first = true;
       while (block >= 0) {
         load_keys(place);
-        if (C::kStagesQ == 1 && needs_queries) load_queries();
+        if (is_first) {
+          if (leader) LoadQueries(params, smem, slot->tile, q);
+          q.Advance();
+          is_first = false;
+        }
         load_values();
         values = place;
         num_values = slot->tile.sequence.kv_len - block * C::kBlockN;
