@@ -288,11 +288,9 @@ struct FwdSm90 {
       for (; more; more = next_tile()) {
         block = keys.First();
         if (block >= 0) return true;
-        Output zeros;
-        Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
-        Results::Store(params, smem + kSmemOut, kGroup + group, group, work->tile,
-                       Finish(params, work->tile, nothing), zeros);
+        Finish(params, work->tile, nothing);
+        Results::StoreZeros(params, work->tile);
         release(slot);
       }
       return false;
