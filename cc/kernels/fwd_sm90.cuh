@@ -290,7 +290,7 @@ struct FwdSm90 {
         if (block >= 0) return true;
         const OnlineSoftmax<1> nothing(1.f);
         Finish(params, work->tile, nothing);
-        Results::StoreZeros(params, work->tile);
+        Results::StoreZeros(params, smem + kSmemOut, kGroup + group, group, work->tile);
         release(slot);
       }
       return false;
