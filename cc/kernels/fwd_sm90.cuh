@@ -289,8 +289,8 @@ struct FwdSm90 {
         block = keys.First();
         if (block >= 0) return true;
         const OnlineSoftmax<1> nothing(1.f);
-        Finish(params, work->tile, nothing);
-        Results::StoreZeros(params, smem + kSmemOut, kGroup + group, group, work->tile);
+        Results::StoreZeros(params, smem + kSmemOut, kGroup + group, group, work->tile,
+                            Finish(params, work->tile, nothing));
         release(slot);
       }
       return false;

@@ -94,11 +94,11 @@ struct ResultsSm90 {
   // The output of a tile without keys. Registers full of zeros are a fifth of what compiling takes
   // at head dim 256, where loops do it; at 64 these cost 1 to 3% up to S 1024, though never run.
   static JFA_DEVICE void StoreZeros(const FwdSm90Params& params, uint32 smem_out, int barrier,
-                                    int group, const Tile& tile) {
+                                    int group, const Tile& tile, float2 normalizer) {
     if constexpr (C::kHeadDimV <= 128) {
       Output zeros;
       Clear(zeros);
-      Store(params, smem_out, barrier, group, tile, make_float2(0.f, 0.f), zeros);
+      Store(params, smem_out, barrier, group, tile, normalizer, zeros);
       return;
     }
 #pragma unroll 1
