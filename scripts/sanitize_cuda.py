@@ -7,7 +7,8 @@ Needs a GPU, `jax[cuda]` and compute-sanitizer: of the PATH, or `--program`. PyP
 of itself that it follows `cp.async` which arrives at mbarriers fully only from NVRTC 13.1 on. Takes
 five minutes on 16 cores. The exit status says whether all runs were clean.
 
-A run in which the tool itself dies is made again in two halves; the report tells the attempts.
+Several GPUs take turns. A run in which the tool itself dies is made again in two halves; the report
+tells the attempts.
 
 racecheck doesn't follow a warp whose lanes meet in `__syncwarp` and of which one then arrives at an
 mbarrier: under it all lanes arrive. Other tools have the kernels as they are.
@@ -94,12 +95,14 @@ class _Sanitizer:
       program: compute-sanitizer.
       work: directory with the kernels' sources, and for their cache.
       longest_seconds: of one run.
+      devices: that CUDA_VISIBLE_DEVICES may name, which take turns.
     """
 
-    def __init__(self, program: str, work: pathlib.Path, longest_seconds: int):
+    def __init__(self, program: str, work: pathlib.Path, longest_seconds: int, devices: list[str]):
         self.program = program
         self.work = work
         self.longest_seconds = longest_seconds
+        self._devices = itertools.cycle(devices)
         # The tool finds its process by asking all sockets from a port on, and may find another
         # run's: each run has ports of its own.
         self._ports = itertools.count(50_000, PORTS)
@@ -127,6 +130,7 @@ class _Sanitizer:
             env["JFA_KERNEL_DIR"] = str(self.work / "kernels")
         with self._lock:
             port = next(self._ports)
+            env["CUDA_VISIBLE_DEVICES"] = next(self._devices)
         command = [self.program, "--tool", run.tool, "--kernel-name", "kns=jfa_"]
         command += ["--error-exitcode", "9", "--port", str(port), "--max-connections", str(PORTS)]
         # Not the compilers that XLA starts.
@@ -202,7 +206,9 @@ def main() -> None:
     ):
         work = pathlib.Path(directory)
         _copy_kernels(work / "kernels")
-        sanitizer = _Sanitizer(args.program, work, args.seconds)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = visible.split(",") if visible else map(str, range(len(devices["devices"])))
+        sanitizer = _Sanitizer(args.program, work, args.seconds, list(numbers))
         for ended, found in enumerate(pool.map(sanitizer.check, runs), 1):
             results += found
             report |= {

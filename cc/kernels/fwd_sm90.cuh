@@ -296,11 +296,9 @@ struct FwdSm90 {
       for (; more; more = next_tile()) {
         block = keys.First();
         if (block >= 0) return true;
-        Output zeros;
-        Clear(zeros);
         const OnlineSoftmax<1> nothing(1.f);
-        Results::Store(params, smem + kSmemOut, kGroup + group, group, work->tile,
-                       Finish(params, work->tile, nothing), zeros);
+        Results::StoreZeros(params, smem + kSmemOut, kGroup + group, group, work->tile,
+                            Finish(params, work->tile, nothing));
         release(slot);
       }
       return false;
