@@ -97,6 +97,8 @@ struct Decode {
   using Rows = DecodeRows<C::kRows, C::kTileHeads>;
   using Ring = RingPosition<C::kStages>;
   using Queries = DecodeQueries<C, Decode>;
+  // Where they are few, a tile's queries are asked for before the last one is done.
+  static constexpr bool kAsksAhead = !C::kParts && !C::kWgmma && !C::kFp8 && Queries::kPasses == 1;
   using Wide = DecodeWgmma<C, PanelQ, PanelN>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeyBlocks][4];
@@ -351,6 +353,8 @@ struct Decode {
                                        walk.tile < 0 ? walk.batch : -1, walk.unit};
       }
     }
+    typename Queries::Values ahead;
+    bool has_ahead = false;
     while (!walk.AtEnd()) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
@@ -360,7 +364,12 @@ struct Decode {
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
           C::kFp8 ? Clamp(rows.NumOf(problem, sequence.q_len), 0, rows.num) : rows.num;
-      Queries::Load(params, rows, num_rows, smem + kSmemQ);
+      if (kAsksAhead && has_ahead) {
+        Queries::Put(ahead, ReadThreadIndex(), smem + kSmemQ);
+      } else {
+        Queries::Load(params, rows, num_rows, smem + kSmemQ);
+      }
+      has_ahead = false;
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
       Window seen[2];
@@ -490,6 +499,15 @@ struct Decode {
       } else {
 #pragma unroll 1
         for (int i = 0; i < visit.num; ++i) {
+          if (kAsksAhead && i + 1 == visit.num) {
+            Walk next = walk;
+            next.Advance(count);
+            has_ahead = !next.AtEnd();
+            if (has_ahead) {
+              const Rows next_rows(params, next.batch, next.unit);
+              Queries::Fetch(params, next_rows, next_rows.num, ReadThreadIndex(), ahead);
+            }
+          }
           Scores s;
           Clear(s);
           ScoreGemm(s, smem + kSmemQ, wait(), row_warp, key_warp, lane);
