@@ -70,6 +70,14 @@ int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
   return std::max<int64_t>(CeilDiv(problem.kv_len, kernel.fields.block_n), 1);
 }
 
+// Few rows of head dim 64: one CTA keeps up with memory, and half as many leave half as many
+// results. Not with pages, which want looking up.
+int64_t CtasOfMultiprocessor(const KernelSpec& kernel, const Problem& problem) {
+  const bool light = kernel.fields.rows == 16 && kernel.fields.head_dim == 64 &&
+                     kernel.kv_bytes == 2 && kernel.box_rows_kv != 0;
+  return light && problem.page_size == 0 ? 1 : kernel.fields.min_blocks;
+}
+
 // In how many parts (log2), one for each CTA of a cluster, each tile of `kernel` should be cut; -1
 // if stretches, of tiles of `main`, and a second kernel that merges are better.
 int PickParts(const KernelSpec& kernel, const KernelSpec& main, const Problem& problem,
@@ -182,8 +190,8 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
   }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
-  const int64_t ctas =
-      std::min({int64_t{multiprocessors} * kernel.fields.min_blocks, tiles * blocks, room});
+  const int64_t ctas = std::min(
+      {int64_t{multiprocessors} * CtasOfMultiprocessor(kernel, problem), tiles * blocks, room});
   if (ctas < tiles) {
     // Whole tiles need no merging: worth a few idle multiprocessors.
     const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;
