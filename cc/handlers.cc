@@ -296,6 +296,9 @@ Status LaunchDecode(const Launcher& launcher, const DecodeParams& decode) {
   params.parts_log2 = share.parts_log2;
   params.parts = share.parts;
   params.merge_log2 = share.merge_log2;
+  // A mask may leave fewer blocks than there would be parts.
+  const bool sees_all = call.sizes.alike && call.variant.mask == Mask::kFull;
+  params.all_parts = sees_all ? share.parts : 0;
   if (params.num_ctas <= 0) {
     if (call.q == nullptr) return OkStatus();
     return InvalidArgument(

@@ -9,6 +9,9 @@ namespace {
 constexpr int kCombineWarps = 8;
 // CTAs for which a decode call's scratch has room: no GPU of today has more multiprocessors.
 constexpr int64_t kMostDecodeCtas = 192 * 2;
+// Of the merging kernel: as many as run at a time. Others would only start late to find, where
+// lengths are known on the device alone, that nobody shares a tile.
+constexpr int64_t kMostMergeCtas = 256;
 constexpr int kMostPartsLog2 = 3;  // DecodeCluster::kMostCtas
 constexpr int kMostPartsRows = 32, kNarrowRows = 16;
 
@@ -27,7 +30,7 @@ KernelSpec MakeDecodeMain(const Variant& variant, Common common, int smem_kb, bo
   if (pairs) common.head_dim = common.head_dim_v = 128;
   const DecodeTile tile = PickDecodeTile(common.head_dim, common.head_dim_v,
                                          variant.rows * tile_heads, variant, tma, parts, smem_kb);
-  const int warps = tile.warps + (tma && !tile.wgmma ? 2 : 4);
+  const int warps = tile.warps + (tma && !tile.wgmma && !parts ? 2 : 4);
   Fields fields = CommonFields(variant, common, warps, tile.min_blocks);
   AddTile(&fields, variant, common, tile.rows, tile.block_n, tile.stages, tile.smem);
   AddInt(&fields, "kRows", tile.rows);
@@ -65,6 +68,14 @@ int64_t DecodeWordsPerCta(const KernelSpec& kernel, const Problem& problem, int6
 // Of a tile that sees all keys.
 int64_t DecodeBlocks(const KernelSpec& kernel, const Problem& problem) {
   return std::max<int64_t>(CeilDiv(problem.kv_len, kernel.fields.block_n), 1);
+}
+
+// Few rows of head dim 64: one CTA keeps up with memory, and half as many leave half as many
+// results. Not with pages, which want looking up.
+int64_t CtasOfMultiprocessor(const KernelSpec& kernel, const Problem& problem) {
+  const bool light = kernel.fields.rows == 16 && kernel.fields.head_dim == 64 &&
+                     kernel.kv_bytes == 2 && kernel.box_rows_kv != 0;
+  return light && problem.page_size == 0 ? 1 : kernel.fields.min_blocks;
 }
 
 // In how many parts (log2), one for each CTA of a cluster, each tile of `kernel` should be cut; -1
@@ -149,7 +160,8 @@ Grid MakeDecodeGrid(const Plan& plan, int index, const Problem& problem, const D
   if (index != kDecodeCombine || share.kernel != kDecodeStretches || whole) return {0, 1, 1};
   const int64_t rows = std::min<int64_t>(DecodeRows(kernel, problem), kernel.fields.rows);
   const int64_t shared = std::min(tiles, std::max<int64_t>(share.ctas - 1, 0));
-  return {static_cast<uint32_t>(shared * CeilDiv(rows, kCombineWarps >> share.merge_log2)), 1, 1};
+  const int64_t groups = shared * CeilDiv(rows, kCombineWarps >> share.merge_log2);
+  return {static_cast<uint32_t>(std::min(groups, kMostMergeCtas)), 1, 1};
 }
 
 int DecodeTileHeads(const KernelSpec& kernel) { return kernel.fields.tile_heads; }
@@ -178,8 +190,8 @@ DecodeShare ShareTiles(const Plan& plan, const Problem& problem, int multiproces
   }
   const int64_t room = (problem.scratch_floats - kDecodeHeaderWords) /
                        DecodeWordsPerCta(kernel, problem, problem.head_dim_v);
-  const int64_t ctas =
-      std::min({int64_t{multiprocessors} * kernel.fields.min_blocks, tiles * blocks, room});
+  const int64_t ctas = std::min(
+      {int64_t{multiprocessors} * CtasOfMultiprocessor(kernel, problem), tiles * blocks, room});
   if (ctas < tiles) {
     // Whole tiles need no merging: worth a few idle multiprocessors.
     const int64_t each = ctas > 0 ? CeilDiv(tiles, ctas) : 1, whole = tiles / each;

@@ -270,7 +270,7 @@ int MostDecodeBlock(int tile_rows, bool wgmma, bool alone, int stage_panels, int
 
 DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Variant& variant,
                           bool tma, bool alone, int smem_kb) {
-  constexpr int kMostStages = 16, kLeastStages = 3, kLeastInUse = 2;
+  constexpr int kMostStages = 16, kLeastStages = 3;
   const int panels = (head_dim + 63) / 64, panels_v = (head_dim_v + 63) / 64;
   const int most_panels = std::max(panels, panels_v);
   const int stage_panels = variant.fp8_kv ? (most_panels + 1) / 2 : most_panels;
@@ -303,7 +303,9 @@ DecodeTile PickDecodeTile(int head_dim, int head_dim_v, int64_t rows, const Vari
       if (stages >= kLeastStages || tile_rows >= 64) {
         // Products of warpgroups keep more buffers busy.
         if (tma && !wgmma) {
-          stages = std::min(stages, std::max(kLeastInUse, (in_flight + stage / 2) / stage));
+          // Head dim 64: enough for a CTA that has a multiprocessor for itself.
+          const int least = tile_rows == 16 && most_panels == 1 && !variant.fp8_kv ? 3 : 2;
+          stages = std::min(stages, std::max(least, (in_flight + stage / 2) / stage));
         }
         return {tile_rows, block_n, stages, fixed + stages * stage, min_blocks, warps, wgmma};
       }

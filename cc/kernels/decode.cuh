@@ -13,7 +13,7 @@
 //             or each warp would read all keys from shared memory for its 16 rows. The rest
 //             produce: they keep a ring of kStages buffers full, a block of K, then one of V,
 //             across tiles. With kTma one of them orders copies by the tensor copy engine, of pages
-//             two, else four use cp.async.
+//             all, else they use cp.async.
 // Pairs       With kTileHeads 2 a tile is of two key heads: their 8-bit rows of 64 are one of 128,
 //             and each query is zero where the other head is. Memory is read 128 bytes at a time
 //             anyway.
@@ -21,9 +21,8 @@
 //             CTAs of a cluster may take equal parts of one tile (decode_cluster.cuh).
 // Keys        dense, or in pages that the producers look up; consumers see no difference. With kFp8
 //             they are 8-bit floats, 128 to a panel, and fragments_fp8.cuh has the products.
-// Barriers    per stage a full and an empty mbarrier; for what the CTAs of a cluster send each
-// other
-//             an mbarrier; kBarriersMade, for all but who makes these; kConsumersDone among
+// Barriers    per stage a full and an empty mbarrier; an mbarrier for what the CTAs of a cluster
+//             send each other; kBarriersMade, for all but who makes these; kConsumersDone among
 //             consumers.
 // Shared      kStages blocks of K or V, Q, kMerge for merging the warps' outputs (64 columns at a
 //             time) and for going from fragments to rows. plan.cc computes the same sum.
@@ -48,7 +47,7 @@ template <class C>
 struct Decode {
   static constexpr MaskKind kMask = static_cast<MaskKind>(C::kMask);
   // Not all of them work with the copy engine; but only a warpgroup can give registers to others.
-  static constexpr int kProducerWarps = C::kTma && !C::kWgmma ? 2 : 4;
+  static constexpr int kProducerWarps = C::kTma && !C::kWgmma && !C::kParts ? 2 : 4;
   static constexpr int kConsumerWarps = C::kWarps - kProducerWarps;
   static constexpr int kConsumers = kConsumerWarps * kWarpSize;
   static constexpr int kRowWarps = C::kRows / 16, kKeyWarps = kConsumerWarps / kRowWarps;
@@ -98,6 +97,8 @@ struct Decode {
   using Rows = DecodeRows<C::kRows, C::kTileHeads>;
   using Ring = RingPosition<C::kStages>;
   using Queries = DecodeQueries<C, Decode>;
+  // Where they are few, a tile's queries are asked for before the last one is done.
+  static constexpr bool kAsksAhead = !C::kParts && !C::kWgmma && !C::kFp8 && Queries::kPasses == 1;
   using Wide = DecodeWgmma<C, PanelQ, PanelN>;
   using Output = float[1][2 * kOutBlocks][4];
   using Scores = float[1][2 * kKeyBlocks][4];
@@ -268,33 +269,42 @@ struct Decode {
     // Where a block of 8 columns has the lane's two.
     const auto column_of = [](int n) { return C::kFp8 ? n / 2 * 16 + n % 2 * 2 : n * 8; };
     float* own = merge + (warp * 16 + lane / 4) * kMergePitch + lane % 4 * (C::kFp8 ? 4 : 2);
+    // Eight rows of two panels go at a time, the second panel's where rows 8 to 15 would be.
+    constexpr bool kFolds = kPanelsOut == 2 && kRowWarps == 1 && C::kTileHeads == 1;
+    const bool folds = kFolds && rows.num <= 8;
 #pragma unroll
     for (int panel = 0; panel < kPanelsOut; ++panel) {
-      if (panel > 0) NamedBarrierSync(kConsumersDone, kConsumers);
+      if (panel > 0 && !folds) NamedBarrierSync(kConsumersDone, kConsumers);
 #pragma unroll
       for (int n = 0; n < 2 * kPanelBlocks; ++n) {
         const int block = panel * 2 * kPanelBlocks + n;
         if (block >= 2 * kOutBlocks) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<float2*>(own + half * 8 * kMergePitch + column_of(n)) = make_float2(
+          if (half > 0 && folds) continue;
+          const int slot = folds ? panel : half;
+          *reinterpret_cast<float2*>(own + slot * 8 * kMergePitch + column_of(n)) = make_float2(
               out[0][block][2 * half] * factor[half], out[0][block][2 * half + 1] * factor[half]);
         }
       }
+      if (folds && panel == 0) continue;
       NamedBarrierSync(kConsumersDone, kConsumers);
       // Four columns of a row at a time; row r is with the warps r / 16 + kRowWarps * i.
-      constexpr int kGroups = kPanelColumns / 4;
-      for (int i = ReadThreadIndex(); i < C::kRows * kGroups; i += kConsumers) {
-        const int row = i / kGroups;
+      const int groups_log2 = folds ? 5 : 4;
+      static_assert(kPanelColumns == 4 << 4, "groups of a panel");
+      for (int i = ReadThreadIndex(); i < rows.num << groups_log2; i += kConsumers) {
+        const int row = i >> groups_log2, group = i - (row << groups_log2);
+        const int own_panel = folds ? group / 16 : panel;
         // The panel of a row's own key head, or one of all panels.
         const bool is_own = C::kTileHeads == 1 || rows.PartOf(problem, row) == panel;
-        const int column = i % kGroups * 4 + (C::kTileHeads == 1 ? panel * kPanelColumns : 0);
-        if (row >= rows.num || !is_own || column >= problem.head_dim_v) continue;
+        const int column = group % 16 * 4 + (C::kTileHeads == 1 ? own_panel * kPanelColumns : 0);
+        if (!is_own || column >= problem.head_dim_v) continue;
+        const int slot = row % 16 + (folds ? 8 * own_panel : 0);
         float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int w = 0; w < kKeyWarps; ++w) {
           const float4 y = *reinterpret_cast<const float4*>(
-              merge + ((row / 16 + kRowWarps * w) * 16 + row % 16) * kMergePitch + i % kGroups * 4);
+              merge + ((row / 16 + kRowWarps * w) * 16 + slot) * kMergePitch + group % 16 * 4);
           x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
         }
         if constexpr (C::kParts) {
@@ -343,6 +353,8 @@ struct Decode {
                                        walk.tile < 0 ? walk.batch : -1, walk.unit};
       }
     }
+    typename Queries::Values ahead;
+    bool has_ahead = false;
     while (!walk.AtEnd()) {
       const Blocks tiles(problem, walk.batch);
       const Sequence& sequence = tiles.sequence;
@@ -352,7 +364,12 @@ struct Decode {
       // With 8-bit keys padding, which may be anything, mustn't say how queries are scaled.
       const int num_rows =
           C::kFp8 ? Clamp(rows.NumOf(problem, sequence.q_len), 0, rows.num) : rows.num;
-      Queries::Load(params, rows, num_rows, smem + kSmemQ);
+      if (kAsksAhead && has_ahead) {
+        Queries::Put(ahead, ReadThreadIndex(), smem + kSmemQ);
+      } else {
+        Queries::Load(params, rows, num_rows, smem + kSmemQ);
+      }
+      has_ahead = false;
 
       // This lane's two rows: the keys that they see, and what becomes of their scores.
       Window seen[2];
@@ -482,6 +499,15 @@ struct Decode {
       } else {
 #pragma unroll 1
         for (int i = 0; i < visit.num; ++i) {
+          if (kAsksAhead && i + 1 == visit.num) {
+            Walk next = walk;
+            next.Advance(count);
+            has_ahead = !next.AtEnd();
+            if (has_ahead) {
+              const Rows next_rows(params, next.batch, next.unit);
+              Queries::Fetch(params, next_rows, next_rows.num, ReadThreadIndex(), ahead);
+            }
+          }
           Scores s;
           Clear(s);
           ScoreGemm(s, smem + kSmemQ, wait(), row_warp, key_warp, lane);

@@ -22,14 +22,19 @@ struct DecodeCombine {
 
     JFA_DEVICE Part()
         : x(make_float4(0, 0, 0, 0)), total(make_float2(-OnlineSoftmax<1>::kNothingSeen, 0.f)) {}
-    JFA_DEVICE void Add(float4 y, float2 stat) {
-      const float reference = fmaxf(total.x, stat.x);
-      const float old = Exp2(total.x - reference), weight = Exp2(stat.x - reference);
-      x.x = fmaf(weight, y.x, x.x * old);
-      x.y = fmaf(weight, y.y, x.y * old);
-      x.z = fmaf(weight, y.z, x.z * old);
-      x.w = fmaf(weight, y.w, x.w * old);
-      total = make_float2(reference, fmaf(weight, stat.y, total.y * old));
+    JFA_DEVICE void RaiseTo(float lowest) {
+      const float reference = fmaxf(total.x, lowest), factor = Exp2(total.x - reference);
+      x = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+      total = make_float2(reference, total.y * factor);
+    }
+    // One whose reference is no higher.
+    JFA_DEVICE void AddLower(const Part& other) {
+      const float weight = Exp2(other.total.x - total.x);
+      x.x = fmaf(weight, other.x.x, x.x);
+      x.y = fmaf(weight, other.x.y, x.y);
+      x.z = fmaf(weight, other.x.z, x.z);
+      x.w = fmaf(weight, other.x.w, x.w);
+      total.y = fmaf(weight, other.total.y, total.y);
     }
   };
 
@@ -77,24 +82,38 @@ struct DecodeCombine {
   }
 
   static JFA_DEVICE void Run(const DecodeParams& params) {
+    const ProblemParams& p = params.fwd.problem;
+    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+    const int num_units = CeilDiv(p.num_kv_heads, C::kTileHeads) * params.row_tiles;
+    const int row_groups = CeilDiv(scratch.rows_stored, C::kWarps >> params.merge_log2);
+    const int num_shared = Min(p.batch * num_units, params.num_ctas - 1);  // tiles, at most
+    WaitForKernelBefore();
+    DecodeScratch::Header header;
+    header.parts = params.all_parts;
+    if (header.parts == 0) header = *scratch.header;
+    if (header.parts == 1) return;
+    for (int i = blockIdx.x; i < num_shared * row_groups; i += gridDim.x) {
+      const int index = i / row_groups;
+      Merge(params, scratch, header, num_units, index, i - index * row_groups);
+    }
+  }
+
+ private:
+  // Some rows of the shared tile number `index`.
+  static JFA_DEVICE void Merge(const DecodeParams& params, const DecodeScratch& scratch,
+                               const DecodeScratch::Header& header, int num_units, int index,
+                               int row_group) {
     __shared__ float4 parts_x[C::kWarps][kWarpSize];
     __shared__ float2 parts_total[C::kWarps][kWarpSize];
     const ProblemParams& problem = params.fwd.problem;
-    const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
-    const int log2 = params.merge_log2, group_rows = C::kWarps >> log2;
-    const int row_groups = CeilDiv(scratch.rows_stored, group_rows);
-    const int index = blockIdx.x / row_groups;
+    const int log2 = params.merge_log2;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int share = warp & ((1 << log2) - 1);
-    const int row = (blockIdx.x - index * row_groups) * group_rows + (warp >> log2);
-    WaitForKernelBefore();
-    const int num_units = CeilDiv(problem.num_kv_heads, C::kTileHeads) * params.row_tiles;
+    const int row = row_group * (C::kWarps >> log2) + (warp >> log2);
     const int num_tiles = problem.batch * num_units;
     // The first CTA that shares the tile with one before it, and how many do.
     int cta, num_parts, batch, unit;
-    const DecodeScratch::Header header = *scratch.header;
     if (header.parts > 0) {
-      if (header.parts == 1 || index >= num_tiles) return;
       cta = index * header.parts + 1;
       num_parts = header.parts;
       batch = index / num_units;
@@ -123,21 +142,25 @@ struct DecodeCombine {
       const bool has_columns = has_row && column < problem.head_dim_v;
       Part sum;
       if (has_columns) {
-        // In one pass, as by an online softmax.
+        // In one pass, as by an online softmax. All are asked for before one is waited for.
         for (int part = share; part < num_parts; part += kAtOnce << log2) {
-          Part parts_of[kAtOnce];  // all are asked for before one is waited for
+          Part parts_of[kAtOnce];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             const int p = part + (i << log2);
-            if (p >= num_parts) break;
+            if (p >= num_parts) continue;
             const int partial = DecodeScratch::PartialOf(
                 cta - 1 + p, p == 0 ? DecodeScratch::kTail : DecodeScratch::kHead);
             parts_of[i].total = scratch.RowsOf(partial)[row];
             parts_of[i].x = *reinterpret_cast<const float4*>(
                 scratch.OutOf(partial) + static_cast<int64>(row) * problem.head_dim_v + column);
           }
+          float reference = parts_of[0].total.x;
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) sum.Add(parts_of[i].x, parts_of[i].total);
+          for (int i = 1; i < kAtOnce; ++i) reference = fmaxf(reference, parts_of[i].total.x);
+          sum.RaiseTo(reference);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) sum.AddLower(parts_of[i]);
         }
       }
       if (log2 > 0) {
@@ -146,7 +169,11 @@ struct DecodeCombine {
         parts_total[warp][lane] = sum.total;
         __syncthreads();
         for (int i = 1; share == 0 && i < 1 << log2; ++i) {
-          sum.Add(parts_x[warp + i][lane], parts_total[warp + i][lane]);
+          Part other;
+          other.x = parts_x[warp + i][lane];
+          other.total = parts_total[warp + i][lane];
+          sum.RaiseTo(other.total.x);
+          sum.AddLower(other);
         }
       }
       if (has_columns && share == 0) {

@@ -14,31 +14,44 @@ namespace jfa {
 template <class C, class Kernel>
 struct DecodeCopies {
   static constexpr int kPanelColumns = Kernel::kPanelColumns, kElements = Kernel::kElements;
+  static constexpr int kBlockLog2 = C::kBlockN == 128 ? 7 : C::kBlockN == 64 ? 6 : 5;
+  static_assert(C::kBlockN == 1 << kBlockLog2, "keys of a block");
   using PanelN = typename Kernel::PanelN;
   using Walk = typename Kernel::Walk;
   using Blocks = typename Kernel::Blocks;
   using Ring = typename Kernel::Ring;
 
-  // 32 entries of a row of the page table, one per lane, and the next 32, on their way.
+  // Entries of the page table for the blocks of a visit that are next, 32 of them, one per lane,
+  // and the 32 behind these, on their way.
   struct PageWindow {
-    int first = -2 * kWarpSize, table_row = -1;
+    int first = 0, end = 0;  // blocks of the visit
     int here, ahead;
 
-    static JFA_DEVICE int Entry(const PagesArg& pages, int table_row, int page, int num_used) {
-      return page < num_used ? PageOf(pages, table_row, page << pages.page_log2) : 0;
-    }
-    // Makes the pages from `page` on, as many as a block has, readable from `here`. Entries from
-    // num_used on are never looked at.
-    JFA_DEVICE void MoveTo(const PagesArg& pages, int row, int page, int num, int num_used) {
-      if (row == table_row && page >= first && page + num <= first + kWarpSize) return;
+    // `per_log2`: entries of a block. Those beyond the visit's or the keys' end are never looked
+    // at.
+    static JFA_DEVICE int Entry(const PagesArg& pages, const Blocks& tiles,
+                                const DecodeVisit& visit, int i, int per_log2) {
       const int lane = ReadLaneIndex();
-      const bool follows = row == table_row && page == first + kWarpSize;
-      here = follows ? ahead : Entry(pages, row, page + lane, num_used);
-      ahead = Entry(pages, row, page + kWarpSize + lane, num_used);
-      first = page;
-      table_row = row;
+      i += lane >> per_log2;
+      if (i >= visit.num) return 0;
+      const int key = tiles.blocks.At(visit.At(i)) * C::kBlockN +
+                      ((lane & ((1 << per_log2) - 1)) << pages.page_log2);
+      return key < tiles.sequence.kv_len ? PageOf(pages, tiles.sequence.table_row, key) : 0;
     }
-    JFA_DEVICE int PageAt(int page) const { return __shfl_sync(kFullWarp, here, page - first); }
+    // Makes those of block `i` readable; a visit's blocks come in their order.
+    JFA_DEVICE void MoveTo(const PagesArg& pages, const Blocks& tiles, const DecodeVisit& visit,
+                           int i, int per_log2) {
+      if (i > 0 && i < end) return;
+      const int each = kWarpSize >> per_log2;
+      here = i > 0 ? ahead : Entry(pages, tiles, visit, i, per_log2);
+      ahead = Entry(pages, tiles, visit, i + each, per_log2);
+      first = i;
+      end = i + each;
+    }
+    // Entry `rest` of block `i`.
+    JFA_DEVICE int PageAt(int i, int rest, int per_log2) const {
+      return __shfl_sync(kFullWarp, here, ((i - first) << per_log2) + rest);
+    }
   };
 
   // Where the rows of one block of keys are, for the lane that orders the copy of some of them.
@@ -46,34 +59,37 @@ struct DecodeCopies {
     int num_needed;  // with keys that count
     int kv_head, batch, row;
 
-    JFA_DEVICE Boxes(const DecodeParams& params, const Sequence& sequence, int head, int key0,
-                     PageWindow& window)
+    // Of block `i` of the visit, which begins with key `key0`.
+    JFA_DEVICE Boxes(const DecodeParams& params, const Blocks& tiles, const DecodeVisit& visit,
+                     int head, int i, int key0, PageWindow& window)
         : kv_head(head) {
       const PagesArg& pages = params.fwd.pages;
-      const int first_row = key0 + ReadLaneIndex() * params.box_rows;
+      const Sequence& sequence = tiles.sequence;
+      const int first = ReadLaneIndex() * params.box_rows, first_row = key0 + first;
       num_needed = Clamp(CeilDiv(Max(sequence.kv_len - key0, 0), params.box_rows), 0,
                          C::kBlockN / params.box_rows);
       batch = sequence.table_row;
       row = first_row;
       if (pages.table == nullptr) return;
-      window.MoveTo(pages, sequence.table_row, key0 >> pages.page_log2,
-                    Max(C::kBlockN >> pages.page_log2, 1),
-                    (sequence.kv_len + (1 << pages.page_log2) - 1) >> pages.page_log2);
-      batch = window.PageAt(Min(first_row >> pages.page_log2, window.first + kWarpSize - 1));
+      const int per_log2 = Max(kBlockLog2 - pages.page_log2, 0);
+      window.MoveTo(pages, tiles, visit, i, per_log2);
+      batch = window.PageAt(i, Min(first >> pages.page_log2, (1 << per_log2) - 1), per_log2);
       row = first_row & ((1 << pages.page_log2) - 1);
     }
   };
 
-  // A block of K or V, by one warp whose lanes each order a box.
+  // A block of K or V, by one warp whose lanes each order a box; or by two, for each other box,
+  // of which number 0 says how much comes.
+  enum Share { kEven, kOdd, kAll };
   template <int kNumPanels>
   static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
-                                      uint32 stage, uint32 full) {
+                                      uint32 stage, uint32 full, Share share) {
     const int lane = ReadLaneIndex();
-    if (lane == 0) {
+    if (lane == 0 && share != kOdd) {
       MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
     }
     __syncwarp();
-    if (lane < boxes.num_needed) {
+    if (lane < boxes.num_needed && (share == kAll || lane % 2 == share)) {
       const uint32 target = stage + lane * box_rows * PanelN::kPitch;
 #pragma unroll
       for (int panel = 0; panel < kNumPanels; ++panel) {
@@ -117,13 +133,14 @@ struct DecodeCopies {
   }
 
   // With the copy engine one warp brings all; or, of pages, the blocks of K, and another one those
-  // of V, because ordering the rows of a page takes a warp 50 ns.
+  // of V, or two each, because ordering the rows of a page takes a warp 50 ns.
   static JFA_DEVICE void Produce(const DecodeParams& params, uint32 smem) {
     const FwdParams& fwd = params.fwd;
     const bool paged = fwd.pages.table != nullptr;
     const int warp = (ReadThreadIndex() - Kernel::kConsumers) / kWarpSize;
-    if (C::kTma && warp >= (paged ? 2 : 1)) return;
-    const bool brings_k = warp == 0, brings_v = warp == 1 || !paged;
+    if (C::kTma && warp > 0 && !paged) return;
+    const bool brings_k = warp % 2 == 0, brings_v = warp % 2 == 1 || !paged;
+    const Share share = Kernel::kProducerWarps == 2 || !paged ? kAll : warp < 2 ? kEven : kOdd;
     Walk walk(params, blockIdx.x);
     Ring ring;
     PageWindow window;
@@ -141,16 +158,16 @@ struct DecodeCopies {
       for (int i = 0; i < visit.num; ++i) {
         const int key0 = tiles.blocks.At(visit.At(i)) * C::kBlockN;
         if constexpr (C::kTma) {
-          const Boxes boxes(params, tiles.sequence, kv_head, key0, window);
+          const Boxes boxes(params, tiles, visit, kv_head, i, key0, window);
           if (brings_k) {
             next_stage();
-            LoadByEngine<Kernel::kPanelsK>(&params.k, boxes, params.box_rows, stage, full);
+            LoadByEngine<Kernel::kPanelsK>(&params.k, boxes, params.box_rows, stage, full, share);
           } else {
             ring.Advance();
           }
           if (brings_v) {
             next_stage();
-            LoadByEngine<Kernel::kPanelsV>(&params.v, boxes, params.box_rows, stage, full);
+            LoadByEngine<Kernel::kPanelsV>(&params.v, boxes, params.box_rows, stage, full, share);
           } else {
             ring.Advance();
           }

@@ -15,37 +15,47 @@ struct DecodeQueries {
   using Rows = typename Kernel::Rows;
   static constexpr int kConsumers = Kernel::kConsumers;
 
-  // The first num_rows of a tile; zeros behind, and where a row's key head isn't.
+  static constexpr int kChunks = C::kHeadDim / 8, kItems = C::kRows * kChunks;
+  static constexpr int kPasses = (kItems + kConsumers - 1) / kConsumers;
+  static constexpr int kAtOnce = kPasses < 8 ? kPasses : 8;
+  using Values = uint4[kAtOnce];
+
+  // Asks for items `first`, first + kConsumers and so on, of the first num_rows of a tile; zeros
+  // behind, and where a row's key head isn't.
+  static JFA_DEVICE void Fetch(const DecodeParams& params, const Rows& rows, int num_rows,
+                               int first, Values& values) {
+    const ProblemParams& problem = params.fwd.problem;
+#pragma unroll
+    for (int pass = 0; pass < kAtOnce; ++pass) {
+      const int i = first + pass * kConsumers, row = i / kChunks;
+      const int own = i % kChunks - rows.PartOf(problem, row) * (kChunks / 2);
+      const bool valid =
+          row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
+      values[pass] = make_uint4(0, 0, 0, 0);
+      if (valid) {
+        values[pass] = __ldg(reinterpret_cast<const uint4*>(RowPointer(params.fwd.q, rows.batch,
+                                                                       rows.HeadOf(problem, row),
+                                                                       rows.TokenOf(problem, row)) +
+                                                            own * 8));
+      }
+    }
+  }
+  static JFA_DEVICE void Put(const Values& values, int first, uint32 smem_q) {
+#pragma unroll
+    for (int pass = 0; pass < kAtOnce; ++pass) {
+      const int i = first + pass * kConsumers, row = i / kChunks, chunk = i % kChunks;
+      if (i >= kItems) break;
+      StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8),
+                    values[pass]);
+    }
+  }
   static JFA_DEVICE void Load(const DecodeParams& params, const Rows& rows, int num_rows,
                               uint32 smem_q) {
-    constexpr int kChunks = C::kHeadDim / 8, kItems = C::kRows * kChunks;
-    constexpr int kPasses = (kItems + kConsumers - 1) / kConsumers,
-                  kAtOnce = kPasses < 8 ? kPasses : 8;
-    const ProblemParams& problem = params.fwd.problem;
 #pragma unroll 1
     for (int first = ReadThreadIndex(); first < kItems; first += kAtOnce * kConsumers) {
-      uint4 values[kAtOnce];  // asked for before one is waited for
-#pragma unroll
-      for (int pass = 0; pass < kAtOnce; ++pass) {
-        const int i = first + pass * kConsumers, row = i / kChunks;
-        const int own = i % kChunks - rows.PartOf(problem, row) * (kChunks / 2);
-        const bool valid =
-            row < num_rows && rows.Exists(problem, row) && own >= 0 && own * 8 < problem.head_dim;
-        values[pass] = make_uint4(0, 0, 0, 0);
-        if (valid) {
-          values[pass] = __ldg(reinterpret_cast<const uint4*>(
-              RowPointer(params.fwd.q, rows.batch, rows.HeadOf(problem, row),
-                         rows.TokenOf(problem, row)) +
-              own * 8));
-        }
-      }
-#pragma unroll
-      for (int pass = 0; pass < kAtOnce; ++pass) {
-        const int i = first + pass * kConsumers, row = i / kChunks, chunk = i % kChunks;
-        if (i >= kItems) break;
-        StoreShared16(smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8),
-                      values[pass]);
-      }
+      Values values;
+      Fetch(params, rows, num_rows, first, values);
+      Put(values, first, smem_q);
     }
   }
 
@@ -53,7 +63,7 @@ struct DecodeQueries {
   // that share rows share the work.
   static JFA_DEVICE float Prepare(const FwdParams& params, const Rows& rows, uint32 smem_q,
                                   int row_warp, int key_warp) {
-    constexpr int kChunks = C::kHeadDim / 8, kOwn = 16 / Kernel::kKeyWarps;
+    constexpr int kOwn = 16 / Kernel::kKeyWarps;
     const auto at = [=](int row, int chunk) {
       return smem_q + chunk / 8 * PanelQ::kBytes + PanelQ::Offset(row, chunk % 8);
     };

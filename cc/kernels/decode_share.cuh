@@ -120,13 +120,11 @@ struct DecodeWalk {
   // the part.
   int tile;
   int batch, unit;  // unit: key head (or pair of them) * row_tiles + row tile
-  int num_units;
-  bool paged;  // parts are of blocks that follow each other: pages are looked up for many at a time
+  const DecodeParams& params;
 
-  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta)
-      : paged(params.fwd.pages.table != nullptr) {
+  JFA_DEVICE DecodeWalk(const DecodeParams& params, int cta) : params(params) {
     const ProblemParams& p = params.fwd.problem;
-    num_units = CeilDiv(p.num_kv_heads, kTileHeads) * params.row_tiles;
+    const int num_units = NumUnits();
     total = begin = part = 0;
     if constexpr (kParts) {
       parts = 1 << params.parts_log2;
@@ -135,6 +133,10 @@ struct DecodeWalk {
       num_ctas = length = p.batch * num_units;
       batch = tile / num_units;
       unit = tile - batch * num_units;
+      return;
+    }
+    if (params.all_parts > 0) {
+      TakeParts(params, cta, params.all_parts);
       return;
     }
     const bool alike =
@@ -198,10 +200,6 @@ struct DecodeWalk {
   // Of the tile that it stands at, which has `count` blocks. A cluster's CTA may have none, but
   // comes to the tile all the same: somebody waits for its result.
   JFA_DEVICE DecodeVisit VisitOf(int count) const {
-    if (parts > 0 && paged) {
-      const auto begin = [&](int i) { return (count * i + parts - 1) / parts; };
-      return {begin(part), 1, begin(part + 1) - begin(part)};
-    }
     if (parts > 0) return {part, parts, CeilDiv(Max(count - part, 0), parts)};
     const int first = Max(-tile, 0);
     return {first, 1, Min(length - tile, count) - first};
@@ -210,7 +208,7 @@ struct DecodeWalk {
   // sent to the cluster.
   JFA_DEVICE int PartialOf(const DecodeVisit& visit, int count) const {
     if (kParts || visit.num == count) return -1;
-    const int slot = parts > 0 ? (batch * num_units + unit) * parts + part : blockIdx.x;
+    const int slot = parts > 0 ? (batch * NumUnits() + unit) * parts + part : blockIdx.x;
     return DecodeScratch::PartialOf(slot,
                                     visit.first > 0 ? DecodeScratch::kHead : DecodeScratch::kTail);
   }
@@ -227,23 +225,27 @@ struct DecodeWalk {
       return;
     }
     tile += count;
-    if (++unit == num_units) {
+    if (++unit == NumUnits()) {
       unit = 0;
       ++batch;
     }
   }
 
  private:
+  // Asked for anew rather than kept: registers are short where rows are many.
+  JFA_DEVICE int NumUnits() const {
+    return CeilDiv(params.fwd.problem.num_kv_heads, kTileHeads) * params.row_tiles;
+  }
   // All tiles have `count` blocks.
   JFA_DEVICE void TakeParts(const DecodeParams& params, int cta, int count) {
     parts = Min(params.parts, count);
-    length = params.fwd.problem.batch * num_units * parts;
+    length = params.fwd.problem.batch * NumUnits() * parts;
     num_ctas = params.num_ctas;
     tile = cta;
     TakePart();
   }
   JFA_DEVICE void TakePart() {
-    const int others = tile / num_units;
+    const int num_units = NumUnits(), others = tile / num_units;
     unit = tile - others * num_units;
     batch = others / parts;
     part = others - batch * parts;
@@ -295,15 +297,20 @@ struct DecodeRows {
   }
 };
 
-// Four columns of one row of the results, and its LSE with the first of them. `total`: reference
-// and sum of the row's weights, x: the sum of values under that reference.
-template <bool kBf16>
-JFA_DEVICE void StoreResult(const FwdParams& p, const Sequence& sequence, int batch, int head,
-                            int token, int column, float4 x, float2 total) {
+// What becomes of a row; `total`: reference and sum of its weights.
+JFA_DEVICE RowResult ResultOf(const FwdParams& p, int batch, int head, float2 total) {
   const float sink = p.sinks == nullptr
                          ? -Infinity()
                          : __ldg(p.sinks + static_cast<int64>(batch) * p.problem.num_heads + head);
-  const RowResult result = FinishRow(total.y, -total.x, sink);
+  return FinishRow(total.y, -total.x, sink);
+}
+
+// Four columns of one row of the results, and its LSE with the first of them. x: the sum of values
+// under the reference of `total`.
+template <bool kBf16>
+JFA_DEVICE void StoreResult(const FwdParams& p, const Sequence& sequence, int batch, int head,
+                            int token, int column, float4 x, float2 total) {
+  const RowResult result = ResultOf(p, batch, head, total);
   const bool valid = token < sequence.q_len;  // padding may have made NaN
   uint2 packed = make_uint2(0, 0);
   if (valid) {

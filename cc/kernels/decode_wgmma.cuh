@@ -74,25 +74,58 @@ struct DecodeWgmma {
 
   // Results of one tile, whose rows each are with one warp: final ones if the whole tile was
   // visited here, else a partial one in scratch. They go through the memory of the warp's own
-  // queries, 32 columns at a time: rows of 128 bytes are written faster than pieces of 32.
+  // queries, 32 columns at a time: rows of 128 bytes are written faster than pieces of 32. What a
+  // row wants is computed before: this code runs once a call, and must be fetched first.
   static JFA_DEVICE void Store(const DecodeParams& params,
                                const DecodeRows<C::kRows, C::kTileHeads>& rows,
                                const Sequence& sequence, int partial,
                                const float (&out)[1][C::kHeadDimV / 8][4],
                                const OnlineSoftmax<1>& softmax, uint32 smem_q, int row_warp,
                                int lane) {
-    constexpr int kColumns = 32, kBlocks = kColumns / 8;
+    constexpr int kColumns = 32, kBlocks = kColumns / 8, kPasses = 4;
     const ProblemParams& problem = params.fwd.problem;
     const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
+    const bool is_final = partial < 0;
     const uint32 own = smem_q + row_warp * 16 * PanelQ::kPitch;
     // Four columns of a row.
     const auto at = [=](int row, int chunk) {
       return own + row * PanelQ::kPitch + (chunk ^ (row % 4 * 2)) * 16;
     };
-    float2 total[2];
+    // Or what comes of these would be computed before any key is visited, and kept in registers.
+    asm volatile("" : "+r"(lane), "+r"(row_warp));
+    // Of the lane's two rows; those that don't exist get any.
+    float factor[2] = {1.f, 1.f};
+    bool valid[2] = {true, true};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      total[half] = make_float2(-softmax.neg_reference[half], QuadSum(softmax.sum[half]));
+      const int row = 16 * row_warp + lane / 4 + 8 * half;
+      const float2 total = make_float2(-softmax.neg_reference[half], QuadSum(softmax.sum[half]));
+      if (row >= rows.num) continue;
+      if (!is_final) {
+        if (lane % 4 == 0) scratch.RowsOf(partial)[row] = total;
+        continue;
+      }
+      const int head = rows.HeadOf(problem, row), token = rows.TokenOf(problem, row);
+      const RowResult result = ResultOf(params.fwd, rows.batch, head, total);
+      factor[half] = result.normalizer;
+      valid[half] = token < sequence.q_len;  // padding may have made NaN
+      if (lane % 4 == 0) {
+        params.fwd.lse[LseRow(problem, rows.batch, head) + token] =
+            valid[half] ? result.lse : -Infinity();
+      }
+    }
+    // Of the rows that the lane writes, one in each pass.
+    unsigned char* target[kPasses];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = Min(16 * row_warp + 4 * pass + lane / 8, rows.num - 1);
+      if (is_final) {
+        target[pass] = reinterpret_cast<unsigned char*>(RowPointer(
+            params.fwd.out, rows.batch, rows.HeadOf(problem, row), rows.TokenOf(problem, row)));
+      } else {
+        target[pass] = reinterpret_cast<unsigned char*>(
+            scratch.OutOf(partial) + static_cast<int64>(row) * problem.head_dim_v);
+      }
     }
 #pragma unroll
     for (int first = 0; first < C::kHeadDimV; first += kColumns) {
@@ -103,30 +136,24 @@ struct DecodeWgmma {
         for (int n = 0; n < kBlocks; ++n) {
           const float* x = out[0][first / 8 + n] + 2 * half;
           StoreShared8(at(lane / 4 + 8 * half, 2 * n + lane % 4 / 2) + lane % 2 * 8,
-                       __float_as_uint(x[0]), __float_as_uint(x[1]));
+                       __float_as_uint(valid[half] ? x[0] * factor[half] : 0.f),
+                       __float_as_uint(valid[half] ? x[1] * factor[half] : 0.f));
         }
       }
       __syncwarp();
       const int column = first + lane % 8 * 4;
 #pragma unroll
-      for (int pass = 0; pass < 4; ++pass) {
-        const int own_row = 4 * pass + lane / 8, row = 16 * row_warp + own_row;
-        // From a lane that has the row.
-        const float2 mine = total[pass / 2];
-        const int source = own_row % 8 * 4;
-        const float2 all = make_float2(__shfl_sync(kFullWarp, mine.x, source),
-                                       __shfl_sync(kFullWarp, mine.y, source));
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int own_row = 4 * pass + lane / 8;
+        if (16 * row_warp + own_row >= rows.num || column >= problem.head_dim_v) continue;
         const uint4 bits = LoadShared16(at(own_row, lane % 8));
-        const float4 x = make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y),
-                                     __uint_as_float(bits.z), __uint_as_float(bits.w));
-        if (row >= rows.num || column >= problem.head_dim_v) continue;
-        if (partial >= 0) {
-          if (column == 0) scratch.RowsOf(partial)[row] = all;
-          *reinterpret_cast<float4*>(scratch.OutOf(partial) +
-                                     static_cast<int64>(row) * problem.head_dim_v + column) = x;
+        if (is_final) {
+          uint2 packed;
+          packed.x = Pack16<C::kBf16>(__uint_as_float(bits.x), __uint_as_float(bits.y));
+          packed.y = Pack16<C::kBf16>(__uint_as_float(bits.z), __uint_as_float(bits.w));
+          *reinterpret_cast<uint2*>(target[pass] + 2 * column) = packed;
         } else {
-          StoreResult<C::kBf16>(params.fwd, sequence, rows.batch, rows.HeadOf(problem, row),
-                                rows.TokenOf(problem, row), column, x, all);
+          *reinterpret_cast<uint4*>(target[pass] + 4 * column) = bits;
         }
       }
     }

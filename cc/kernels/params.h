@@ -91,6 +91,7 @@ struct DecodeParams {
   int rows;        // queries of a tile's key heads: q_len * group, times 2 for pairs
   int row_tiles;   // tiles of kRows of them
   int merge_log2;  // DecodeCombine: how many warps merge a row
+  int all_parts;   // the same as `parts` where all visit as many blocks for sure; or 0
   float* scratch;  // DecodeScratch in decode_share.cuh
 };
 
