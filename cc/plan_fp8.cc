@@ -9,9 +9,9 @@ constexpr int kGranule = 16;  // elements: copies want rows and heads of 16 byte
 
 struct Tile {
   int block_m, block_n;
-  bool ping_pong;
   int stages_q, stages_v;
   bool optimistic = false;  // weights_fp8.cuh
+  int stages_k = 2;
 };
 
 // As many keys as registers and shared memory allow; docs/performance.md has what was measured.
@@ -20,15 +20,15 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
   const int size = std::max(head_dim, head_dim_v);
   const bool plain = !variant.segments && !variant.packed && !variant.softcap && !variant.alibi;
   if (size <= 64) {
-    return {plain && !variant.two_level ? 192 : 128, 128, false, 2, 2};
+    return plain && !variant.two_level ? Tile{192, 128, 2, 2, false, 3} : Tile{128, 128, 2, 2};
   }
   // Three warpgroups share each block of keys; under a mask their long tiles compute too much.
   if (size == 128 && plain && variant.mask == Mask::kFull && !variant.two_level) {
-    return {192, 96, false, 2, 2, true};
+    return {192, 96, 2, 2, true, 3};
   }
-  if (size <= 128) return {128, plain ? 192 : 128, false, 2, 2, !variant.two_level};
-  if (size <= 192) return {128, plain ? 96 : 64, false, 1, 2};
-  return {128, plain ? 96 : 64, false, 1, 2};
+  if (size <= 128) return {128, plain ? 192 : 128, 2, 2, !variant.two_level};
+  if (size <= 192) return {128, plain ? 96 : 64, 1, 2};
+  return {128, plain ? 96 : 64, 1, 2};
 }
 
 }  // namespace
@@ -60,11 +60,11 @@ KernelSpec MakeFwdFp8(const Variant& variant, Common common, const ArchInfo& arc
   // As the struct lays it out: panels of 128 bytes a row, the output, barriers, slots of tiles.
   const int panels_k = panels(common.head_dim, 128), panels_v = panels(common.head_dim_v, 128);
   const int inputs =
-      128 * (tile.stages_q * panels_k * tile.block_m + kStages * panels_k * tile.block_n +
+      128 * (tile.stages_q * panels_k * tile.block_m + tile.stages_k * panels_k * tile.block_n +
              tile.stages_v * panels_v * tile.block_n +
              kStages * panels(tile.block_n, 128) * common.head_dim_v);
   constexpr int kSlots = 3, kSlotBytes = 256, kKeysBytes = 16;
-  const int control = 8 * (2 * tile.stages_q + 4 * kStages + 2 * tile.stages_v + 2 * kSlots) +
+  const int control = 16 * (tile.stages_q + tile.stages_k + kStages + tile.stages_v + kSlots) +
                       kKeysBytes + kSlots * kSlotBytes;
   const int output = 128 * panels(common.head_dim_v, 64) * tile.block_m;
   const bool stage_out = inputs + control + output <= arch.smem_kb * 1024;
@@ -77,11 +77,12 @@ KernelSpec MakeFwdFp8(const Variant& variant, Common common, const ArchInfo& arc
   AddBool(&fields, "kE5m2V", variant.e5m2_v);
   AddBool(&fields, "kTwoLevel", variant.two_level);
   AddInt(&fields, "kStagesQ", tile.stages_q);
+  AddInt(&fields, "kStagesK", tile.stages_k);
   AddInt(&fields, "kStagesV", tile.stages_v);
-  AddBool(&fields, "kPingPong", tile.ping_pong);
   AddBool(&fields, "kOptimistic", tile.optimistic);
   AddBool(&fields, "kStageOut", stage_out);
-  AddBool(&fields, "kCounted", false);
+  // Measured: with long rows in registers, CTAs that take tiles as they get free are slower.
+  AddBool(&fields, "kCounted", std::max(common.head_dim, common.head_dim_v) <= 128);
 
   const auto name = [](bool e5m2) { return std::string(e5m2 ? "_e5m2" : "_e4m3"); };
   std::string dtypes = name(variant.e5m2_q);

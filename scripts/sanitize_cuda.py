@@ -3,8 +3,7 @@
     python scripts/sanitize_cuda.py REPORT.json
 
 Needs a GPU, `jax[cuda]` and compute-sanitizer: of the PATH, or `--program`. PyPI has the newest one
-(nvidia-cuda-sanitizer-api); before 2026.1 racecheck takes barriers of warpgroups for races. It says
-of itself that it follows `cp.async` which arrives at mbarriers fully only from NVRTC 13.1 on. Takes
+(nvidia-cuda-sanitizer-api); before 2026.1 racecheck takes barriers of warpgroups for races. Takes
 five minutes on 16 cores. The exit status says whether all runs were clean.
 
 Several GPUs take turns. A run in which the tool itself dies is made again in two halves; the report
@@ -162,15 +161,12 @@ class _Sanitizer:
         return result
 
 
-def _compiled(work: pathlib.Path) -> list[str]:
-    """Names of the kernels that the runs used: in an entry of the cache behind their length."""
-    names = set()
-    for path in (work / "cache").glob("*.jfa"):
-        entry = path.read_bytes()
-        start = entry.index(b"jfa_")
-        length = int.from_bytes(entry[start - 8 : start], "little")
-        names.add(entry[start : start + length].decode())
-    return sorted(names)
+def _symbol(path: pathlib.Path) -> str:
+    """Name of the kernel in an entry of the cache: behind its length."""
+    entry = path.read_bytes()
+    start = entry.index(b"jfa_")
+    length = int.from_bytes(entry[start - 8 : start], "little")
+    return entry[start : start + length].decode()
 
 
 def _version(program: str) -> str:
@@ -200,6 +196,7 @@ def main() -> None:
         "source_sha256": _native.kernel_sources_sha256(),
     }
     results: list[dict] = []
+    symbols: dict[pathlib.Path, str] = {}  # of the cache's entries, which never change
     with (
         tempfile.TemporaryDirectory() as directory,
         concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
@@ -211,12 +208,14 @@ def main() -> None:
         sanitizer = _Sanitizer(args.program, work, args.seconds, list(numbers))
         for ended, found in enumerate(pool.map(sanitizer.check, runs), 1):
             results += found
+            entries = (work / "cache").glob("*.jfa")
+            symbols |= {x: _symbol(x) for x in entries if x not in symbols}
             report |= {
                 "passed": sum(x["passed"] for x in results),
                 "failed": sum(not x["passed"] for x in results),
                 "not_ended": len(runs) - ended,
                 "runs": results,
-                "kernels": _compiled(work),
+                "kernels": sorted(set(symbols.values())),
             }
             # After each run: what ended isn't lost if this is stopped.
             args.report.write_text(json.dumps(report, indent=1) + "\n")

@@ -168,6 +168,11 @@ def test_who_counts_tiles():
         assert share(mask, 1, 1100)[1:] == (False, False)
     # Without CTAs that stay there is nothing to count.
     assert share("causal", 16, 4096, "grid") == (16 * 32, False, False)
+    # 8-bit floats: where a head has few row tiles.
+    for mask in ("causal", "full"):
+        assert share(mask, 64, 1024, "fp8") == (MULTIPROCESSORS, True, False)
+    assert share("full", 64, 4096, "fp8") == (MULTIPROCESSORS, False, False)
+    assert share("causal", 64, 4096, "fp8") == (MULTIPROCESSORS, False, True)
 
 
 def symbol(S, H=64, T=300, **options):

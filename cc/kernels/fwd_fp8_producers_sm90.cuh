@@ -16,7 +16,8 @@ struct FwdFp8ProducersSm90 {
   using Tiles = TilesSm90<C>;
   using Tile = typename Tiles::Tile;
   using Keys = typename Tiles::Keys;
-  using Ring = RingPosition<C::kStages>;
+  using RingK = RingPosition<C::kStagesK>;
+  using RingT = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingV = RingPosition<C::kStagesV>;
   using RingTile = typename Kernel::RingTile;
@@ -26,76 +27,97 @@ struct FwdFp8ProducersSm90 {
     typename Tiles::Work work;
     float v_scale;
 
-    // By a whole warp, whose leader writes.
-    JFA_DEVICE void Set(const FwdSm90Params& params, const Tile& tile, bool leader) {
-      work.Set(params.fwd.problem, tile, leader);
+    // By a whole warp, whose leader writes; `work.tile` is there.
+    JFA_DEVICE void SetRest(const FwdSm90Params& params, bool leader) {
+      const Tile& tile = work.tile;
+      work.SetRest(params.fwd.problem, leader);
       if (!leader) return;
       work.logits.ScaleScores(ScoreScale(params.fwd, tile.batch, tile.kv_head));
       v_scale = ValueScale(params.fwd, tile.batch, tile.kv_head);
     }
   };
 
+  // After so many blocks of a tile the next one is looked for: later it would be late, and earlier
+  // the tile's own first blocks would be.
+  static constexpr int kFindAfter = 3;
+
   // One warp, of which one lane gives the orders.
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     const bool leader = ReadLaneIndex() == 0;
     typename Tiles::Walk walk(params);
-    Tile tile;
     RingTile t;
     RingQ q;
-    Ring k;
+    RingK k;
     RingV v;
     const auto address = [=](int barrier, int stage) {
       return Kernel::Address(smem, barrier, stage);
     };
-    while (walk.template Next<true>(&tile)) {
-      tile.sequence.table_row = 0;  // there are no pages; one register less
+    // Hands over the next tile, or the end.
+    const auto find = [&] {
       Slot* slot = Kernel::SlotAt(smem_pointer, t.stage);
-      if (leader) MbarrierWait(address(Kernel::kEmptyTile, t.stage), t.parity ^ 1);
+      MbarrierWait(address(Kernel::kEmptyTile, t.stage), t.parity ^ 1);
+      // Written at once where it is read, to save registers: by all lanes the same.
+      const bool more = walk.template Next<true>(&slot->work.tile);
       __syncwarp();
-      slot->Set(params, tile, leader);
-      if (leader) MbarrierArrive(address(Kernel::kFullTile, t.stage));
+      if (more) slot->SetRest(params, leader);
+      if (leader && !more) slot->work.tile.row0 = -1;
+      __syncwarp();
+      MbarrierArriveWarp(address(Kernel::kFullTile, t.stage));
       t.Advance();
-      // From here on the tile is read where it was written, to save registers.
-      const Tile& written = slot->work.tile;
-      const Sequence& sequence = written.sequence;
-      bool is_first = true;
-      Keys keys = slot->work.keys;
-      for (int block = keys.First(); block >= 0; block = keys.Next(block)) {
-        const int row = sequence.kv_begin + block * C::kBlockN;
-        if (leader) {
-          MbarrierWait(address(Kernel::kEmptyK, k.stage), k.parity ^ 1);
-          LoadTile<Kernel::kPanels, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
-              &params.k, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK,
-              address(Kernel::kFullK, k.stage), row, written.kv_head, written.batch, kL2EvictLast);
-        }
-        k.Advance();
-        if (is_first) {
-          if (leader) {
-            MbarrierWait(address(Kernel::kEmptyQ, q.stage), q.parity ^ 1);
-            LoadTile<Kernel::kPanels, Kernel::kPanelBytesM, Kernel::kPanelColumns>(
-                &params.q, smem + Kernel::kSmemQ + q.stage * Kernel::kBytesQ,
-                address(Kernel::kFullQ, q.stage), sequence.q_begin + written.row0, written.head,
-                written.batch, kL2EvictFirst);
-          }
-          q.Advance();
-          is_first = false;
-        }
-        // Values follow at once: they have the longer way.
-        if (leader) {
-          MbarrierWait(address(Kernel::kEmptyV, v.stage), v.parity ^ 1);
-          *Kernel::KeysAt(smem_pointer, v.stage) = sequence.kv_len - block * C::kBlockN;
-          LoadTile<Kernel::kPanelsV, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
-              &params.v, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV,
-              address(Kernel::kFullV, v.stage), row, written.kv_head, written.batch, kL2EvictLast);
-        }
-        v.Advance();
+    };
+    int slot = Kernel::kTileSlots - 1, block = -1, done = 0;  // blocks of this tile
+    bool is_ahead = false;                                    // the next tile is handed over
+    Keys keys;
+#pragma unroll 1
+    while (true) {
+      if (!is_ahead && (block < 0 || done == kFindAfter)) {
+        find();
+        is_ahead = true;
       }
+      if (block < 0) {
+        slot = slot + 1 == Kernel::kTileSlots ? 0 : slot + 1;
+        is_ahead = false;
+        const typename Tiles::Work& work = Kernel::SlotAt(smem_pointer, slot)->work;
+        if (work.tile.row0 < 0) break;
+        keys = work.keys;
+        block = keys.First();
+        done = 0;
+        if (block < 0) continue;
+      }
+      const Tile& tile = Kernel::SlotAt(smem_pointer, slot)->work.tile;
+      const Sequence& sequence = tile.sequence;
+      const int row = sequence.kv_begin + block * C::kBlockN;
+      if (leader) {
+        MbarrierWait(address(Kernel::kEmptyK, k.stage), k.parity ^ 1);
+        LoadTile<Kernel::kPanels, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
+            &params.k, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK,
+            address(Kernel::kFullK, k.stage), row, tile.kv_head, tile.batch, kL2EvictLast);
+      }
+      k.Advance();
+      if (done == 0) {
+        if (leader) {
+          MbarrierWait(address(Kernel::kEmptyQ, q.stage), q.parity ^ 1);
+          LoadTile<Kernel::kPanels, Kernel::kPanelBytesM, Kernel::kPanelColumns>(
+              &params.q, smem + Kernel::kSmemQ + q.stage * Kernel::kBytesQ,
+              address(Kernel::kFullQ, q.stage), sequence.q_begin + tile.row0, tile.head, tile.batch,
+              kL2EvictFirst);
+        }
+        q.Advance();
+      }
+      // Values follow at once: they have the longer way.
+      if (leader) {
+        MbarrierWait(address(Kernel::kEmptyV, v.stage), v.parity ^ 1);
+        *Kernel::KeysAt(smem_pointer, v.stage) = sequence.kv_len - block * C::kBlockN;
+        LoadTile<Kernel::kPanelsV, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
+            &params.v, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV,
+            address(Kernel::kFullV, v.stage), row, tile.kv_head, tile.batch, kL2EvictLast);
+      }
+      v.Advance();
+      block = keys.Next(block);
+      ++done;
     }
     if (leader) {
-      MbarrierWait(address(Kernel::kEmptyTile, t.stage), t.parity ^ 1);
-      Kernel::SlotAt(smem_pointer, t.stage)->work.tile.row0 = -1;
-      MbarrierArrive(address(Kernel::kFullTile, t.stage));
       MbarrierWait(address(Kernel::kEmptyV, v.stage), v.parity ^ 1);
       *Kernel::KeysAt(smem_pointer, v.stage) = -1;
       MbarrierArrive(address(Kernel::kFullV, v.stage));
@@ -106,7 +128,7 @@ struct FwdFp8ProducersSm90 {
   static JFA_DEVICE void Transpose(unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
     RingV v;
-    Ring t;
+    RingT t;
     while (true) {
       MbarrierWait(Kernel::Address(smem, Kernel::kFullV, v.stage), v.parity);
       const int keys = *Kernel::KeysAt(smem_pointer, v.stage);

@@ -12,7 +12,7 @@
 // Precision   The tensor cores keep about 14 bits of a sum of such products. With kTwoLevel each
 //             block's P V begins at zero and is added in f32; there is no room then to run it under
 //             the softmax, which other warpgroups fill instead.
-// Shared      kStagesQ buffers of Q, kStages of K and of V^T, kStagesV of V, and the output.
+// Shared      kStagesQ buffers of Q, kStagesK of K, kStagesV of V, kStages of V^T, and the output.
 // Registers   As fwd_sm90.cuh, with weights of kBlockN / 8.
 #ifndef JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
 #define JAX_FLASHATTN_CC_KERNELS_FWD_FP8_SM90_CUH_
@@ -60,29 +60,29 @@ struct FwdFp8Sm90 {
 
   static constexpr int kSmemQ = 0;
   static constexpr int kSmemK = C::kStagesQ * kBytesQ;
-  static constexpr int kSmemV = kSmemK + C::kStages * kBytesK;
+  static constexpr int kSmemV = kSmemK + C::kStagesK * kBytesK;
   static constexpr int kSmemT = kSmemV + C::kStagesV * kBytesV;
   static constexpr int kSmemOut = kSmemT + C::kStages * kBytesT;
   static constexpr int kSmemBarriers = kSmemOut + (C::kStageOut ? kConsumers * Results::kBytes : 0);
   static constexpr int kTileSlots = 3, kSlotBytes = 256;
   // How many keys of a block count, per stage of V; -1 ends the transposers' work.
   static constexpr int kSmemKeys =
-      kSmemBarriers + 8 * (2 * C::kStagesQ + 4 * C::kStages + 2 * C::kStagesV + 2 * kTileSlots);
+      kSmemBarriers + 16 * (C::kStagesQ + C::kStagesK + C::kStages + C::kStagesV + kTileSlots);
   static constexpr int kSmemTiles = kSmemKeys + 16;
   static constexpr int kSmemBytes = kSmemTiles + kTileSlots * kSlotBytes;
   enum Barrier {
     kFullQ = 0,
     kEmptyQ = kFullQ + C::kStagesQ,
     kFullK = kEmptyQ + C::kStagesQ,
-    kEmptyK = kFullK + C::kStages,
-    kFullT = kEmptyK + C::kStages,
+    kEmptyK = kFullK + C::kStagesK,
+    kFullT = kEmptyK + C::kStagesK,
     kEmptyT = kFullT + C::kStages,
     kFullV = kEmptyT + C::kStages,
     kEmptyV = kFullV + C::kStagesV,
     kFullTile = kEmptyV + C::kStagesV,
     kEmptyTile = kFullTile + kTileSlots,
   };
-  enum NamedBarrier { kTurn = 1, kGroup = kTurn + 3 };  // of each consumer warpgroup
+  enum NamedBarrier { kGroup = 1 };  // of each consumer warpgroup
 
   static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 3,
                 "a consumer warpgroup owns 64 rows");
@@ -91,7 +91,8 @@ struct FwdFp8Sm90 {
   static_assert(C::kStagesV <= 4, "kSmemKeys has room for four");
   static_assert(kSmemBytes == C::kSmemBytes, "plan_fp8.cc must agree on shared memory");
 
-  using Ring = RingPosition<C::kStages>;
+  using RingK = RingPosition<C::kStagesK>;
+  using RingT = RingPosition<C::kStages>;
   using RingQ = RingPosition<C::kStagesQ>;
   using RingTile = RingPosition<kTileSlots>;
   using Output = typename Results::Output;
@@ -109,6 +110,7 @@ struct FwdFp8Sm90 {
   using Tiles = TilesSm90<C>;
   using Tile = typename Tiles::Tile;
   using Mask = typename Tiles::Mask;
+  using Keys = typename Tiles::Keys;
   using Work = typename Tiles::Work;
   using Producers = FwdFp8ProducersSm90<C, FwdFp8Sm90>;
   using Slot = typename Producers::Slot;
@@ -191,15 +193,6 @@ struct FwdFp8Sm90 {
   // One lane per warp: a buffer is free when all warps that use it say so.
   static JFA_DEVICE void Arrive(uint32 barrier) { MbarrierArriveWarp(barrier); }
 
-  static JFA_DEVICE void TakeTurn(int group) {
-    if constexpr (C::kPingPong) NamedBarrierSync(kTurn + group, 2 * kGroupThreads);
-  }
-  static JFA_DEVICE void PassTurn(int group) {
-    if constexpr (C::kPingPong) {
-      NamedBarrierArrive(kTurn + (group + 1 == kConsumers ? 0 : group + 1), 2 * kGroupThreads);
-    }
-  }
-
   // Writes out, with columns in V's order again.
   static JFA_DEVICE void Store(const FwdSm90Params& params, uint32 smem_out, int group,
                                const Tile& tile, float2 normalizer, const Output& out) {
@@ -213,8 +206,8 @@ struct FwdFp8Sm90 {
     const uint32 smem = SmemAddress(smem_pointer);
     RingTile t;
     RingQ q;
-    Ring k, v;
-    if (C::kPingPong && group == 0) NamedBarrierArrive(kTurn, 2 * kGroupThreads);
+    RingK k;
+    RingT v;
 
     const auto wait_tile = [&] {
       MbarrierWait(Address(smem, kFullTile, t.stage), t.parity);
@@ -237,17 +230,48 @@ struct FwdFp8Sm90 {
       release(slot);
     };
     int slot = wait_tile(), block = -1;
-    Work work = SlotAt(smem_pointer, slot)->work;
-    // Tiles without keys are done at once; false at the end.
+    const Work* work = &SlotAt(smem_pointer, slot)->work;
+    Keys keys = work->keys;
+    // Whether any of the tile's rows are this warpgroup's; looked at where tiles are alike.
+    const auto has_rows = [&] {
+      return kMask != MaskKind::kFull ||
+             work->tile.row0 + group * kGroupRows < work->tile.sequence.q_rows;
+    };
+    // Lets a tile's copies pass. Where V^T of a block is there, so is its buffer of K: its copy was
+    // ordered before, once all had released what was in it.
+    const auto pass_tile = [&] {
+      MbarrierWait(Address(smem, kFullQ, q.stage), q.parity);
+      Arrive(Address(smem, kEmptyQ, q.stage));
+      q.Advance();
+      int blocks = 0;
+      for (; block >= 0; block = keys.Next(block)) ++blocks;
+      // Or ptxas takes the rings' positions for different in a warp's lanes, and spills.
+      blocks = __shfl_sync(kFullWarp, blocks, 0);
+#pragma unroll 1
+      for (; blocks > 0; --blocks) {
+        MbarrierWait(Address(smem, kFullT, v.stage), v.parity);
+        Arrive(Address(smem, kEmptyK, k.stage));
+        Arrive(Address(smem, kEmptyT, v.stage));
+        k.Advance();
+        v.Advance();
+      }
+    };
+    // Tiles without keys, or without rows here, are done at once; false at the end.
     const auto skip_empty = [&] {
-      while (work.tile.row0 >= 0) {
-        block = work.keys.First();
-        if (block >= 0) return true;
-        Output zeros;
-        Clear(zeros);
-        store(slot, finish(slot, Softmax(1.f)), zeros);
+      while (work->tile.row0 >= 0) {
+        block = keys.First();
+        if (block >= 0 && has_rows()) return true;
+        if (block >= 0) {
+          pass_tile();
+          release(slot);
+        } else {
+          Output zeros;
+          Clear(zeros);
+          store(slot, finish(slot, Softmax(1.f)), zeros);
+        }
         slot = wait_tile();
-        work = SlotAt(smem_pointer, slot)->work;
+        work = &SlotAt(smem_pointer, slot)->work;
+        keys = work->keys;
       }
       return false;
     };
@@ -257,16 +281,14 @@ struct FwdFp8Sm90 {
     int hidden_blocks = 0;
     const auto skip_hidden = [&](int first) {
       if constexpr (kMask != MaskKind::kFull) {
-        const int end = work.tile.row0 + (group + 1) * kGroupRows - 1 + work.mask.high;
+        const int end = work->tile.row0 + (group + 1) * kGroupRows - 1 + work->mask.high;
         while (first * C::kBlockN >= end &&
-               !(Mask::kHasSinks && first * C::kBlockN < work.mask.sink_tokens)) {
-          const int next = work.keys.Next(first);
+               !(Mask::kHasSinks && first * C::kBlockN < work->mask.sink_tokens)) {
+          const int next = keys.Next(first);
           if (next < 0) break;
           MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
           Arrive(Address(smem, kEmptyK, k.stage));
           k.Advance();
-          TakeTurn(group);
-          PassTurn(group);
           ++hidden_blocks;
           first = next;
         }
@@ -290,7 +312,7 @@ struct FwdFp8Sm90 {
       Weights p;
       float factor[2];
       float2 normalizer;
-      Softmax softmax(work.logits.Scale());
+      Softmax softmax(work->logits.Scale());
       Clear(out);
       Pin(out);
 
@@ -305,16 +327,16 @@ struct FwdFp8Sm90 {
       block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
       ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
-      bool one_segment = work.keys.one_segment;
-      int next = work.keys.Next(block);
+      bool one_segment = keys.one_segment;
+      int next = keys.Next(block);
       WgmmaWait<0>();
       Pin(s);
       Arrive(Address(smem, kEmptyK, k.stage));
       k.Advance();
       if (next < 0) Arrive(empty_q);
-      MakeLogits(s, work, group, block, one_segment);
+      MakeLogits(s, *work, group, block, one_segment);
       if constexpr (C::kOptimistic) {
-        Weighing::WeighOptimistically(p, s, softmax, factor);
+        Weighing::WeighOptimistically(p, s, softmax, factor, Weighing::SeesFirst(softmax));
       } else {
         softmax.Follow(s, factor);
         Weighing::Weigh(s, softmax);
@@ -324,7 +346,7 @@ struct FwdFp8Sm90 {
 
       int done;  // slot
       // A tile's output may wait in registers until the next tile's second product of scores runs.
-      constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong && !C::kTwoLevel;
+      constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kTwoLevel;
       int unstored = -1;  // slot
       const auto store_waiting = [&] {
         if (!kStoreLater || unstored < 0) return;
@@ -343,9 +365,10 @@ struct FwdFp8Sm90 {
         if (is_first) {
           done = slot;
           slot = wait_tile();
-          work = SlotAt(smem_pointer, slot)->work;
-          block = work.tile.row0 >= 0 ? work.keys.First() : -1;
-          if (C::kStagesQ == 1 || block < 0) break;
+          work = &SlotAt(smem_pointer, slot)->work;
+          keys = work->keys;
+          block = work->tile.row0 >= 0 ? keys.First() : -1;
+          if (C::kStagesQ == 1 || block < 0 || !has_rows()) break;
           wait_q();
           next = skip_hidden(block);
         }
@@ -357,26 +380,24 @@ struct FwdFp8Sm90 {
           Clear(s);  // frees its registers until here
         }
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
-        TakeTurn(group);
         ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
         store_waiting();
         if constexpr (!C::kTwoLevel) {
           MbarrierWait(Address(smem, kFullT, v.stage), v.parity);
           OutputGemm<false>(out, p, smem + kSmemT + v.stage * kBytesT);
         }
-        PassTurn(group);
         if (is_first) {
           normalizer = finish(done, softmax);
-          softmax = Softmax(work.logits.Scale());
+          softmax = Softmax(work->logits.Scale());
         }
-        one_segment = work.keys.one_segment;
-        next = work.keys.Next(block);
+        one_segment = keys.one_segment;
+        next = keys.Next(block);
         WgmmaWait<C::kTwoLevel ? 0 : 1>();
         Pin(s);
         Arrive(Address(smem, kEmptyK, k.stage));
         k.Advance();
         if (next < 0) Arrive(empty_q);
-        MakeLogits(s, work, group, block, one_segment);
+        MakeLogits(s, *work, group, block, one_segment);
         const auto finish_product = [&] {
           if constexpr (!C::kTwoLevel) {
             WgmmaWait<0>();
@@ -387,7 +408,8 @@ struct FwdFp8Sm90 {
         bool rescale;
         if constexpr (C::kOptimistic) {
           Weights next_p;  // a product may still read `p`
-          rescale = Weighing::WeighOptimistically(next_p, s, softmax, factor);
+          rescale = Weighing::WeighOptimistically(next_p, s, softmax, factor,
+                                                  Weighing::SeesFirst(softmax));
           Weighing::Pin(next_p);
           finish_product();
           Weighing::Copy(p, next_p);
@@ -442,12 +464,14 @@ struct FwdFp8Sm90 {
         MbarrierInitWarps(Address(smem, kEmptyQ, stage), 4 * kConsumers);
       }
       for (int slot = 0; slot < kTileSlots; ++slot) {
-        MbarrierInit(Address(smem, kFullTile, slot), 1);
+        MbarrierInitWarps(Address(smem, kFullTile, slot), 1);
         MbarrierInitWarps(Address(smem, kEmptyTile, slot), 4 * kConsumers);
       }
-      for (int stage = 0; stage < C::kStages; ++stage) {
+      for (int stage = 0; stage < C::kStagesK; ++stage) {
         MbarrierInit(Address(smem, kFullK, stage), 1);
         MbarrierInitWarps(Address(smem, kEmptyK, stage), 4 * kConsumers);
+      }
+      for (int stage = 0; stage < C::kStages; ++stage) {
         MbarrierInitWarps(Address(smem, kFullT, stage), kTransposers);
         MbarrierInitWarps(Address(smem, kEmptyT, stage), 4 * kConsumers);
       }

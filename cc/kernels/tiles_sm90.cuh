@@ -35,8 +35,8 @@ struct TilesSm90 {
     JFA_DEVICE explicit Walk(const FwdSm90Params& p)
         : params(p),
           num_row_tiles(NumTiles<C::kPacked, C::kBlockM>(p.fwd.problem, p.fwd.problem.q_len)),
-          blocks_per_head(p.paired ? num_row_tiles / 2 : num_row_tiles),
-          num_items(NumHeads() * (p.paired ? (num_row_tiles + 1) / 2 : num_row_tiles)),
+          blocks_per_head(IsPaired() ? num_row_tiles / 2 : num_row_tiles),
+          num_items(NumHeads() * (IsPaired() ? (num_row_tiles + 1) / 2 : num_row_tiles)),
           item(blockIdx.x) {}
 
     // All items but the CTAs' first are either taken in turn, or by who is free. The next one is
@@ -48,6 +48,7 @@ struct TilesSm90 {
         item = gridDim.x + atomicAdd(params.counter, 1u);
       }
     }
+    JFA_DEVICE bool IsPaired() const { return kMask == MaskKind::kCausal && params.paired; }
     JFA_DEVICE bool IsCounted() const { return C::kCounted && params.counter != nullptr; }
 
     JFA_DEVICE uint32 NumHeads() const {
@@ -60,10 +61,16 @@ struct TilesSm90 {
       const ProblemParams& problem = params.fwd.problem;
       while (true) {
         if (!kAsksEarly && due) Advance();
-        if (IsCounted()) item = __shfl_sync(kFullWarp, item, 0);
+        if (IsCounted()) {
+          item = __shfl_sync(kFullWarp, item, 0);
+        } else if (!C::kCounted) {
+          // A lane's own number: nothing changes but ptxas' belief that all lanes have the same
+          // one, with which the 8-bit kernel's copies come late (docs/performance.md).
+          item = __shfl_sync(kFullWarp, item, ReadLaneIndex());
+        }
         if (item >= num_items) return false;
         const uint32 middles = blocks_per_head * NumHeads();  // where they begin, if paired
-        const bool alike = kMask == MaskKind::kFull || params.paired;
+        const bool alike = kMask == MaskKind::kFull || IsPaired();
         WorkItem work;
         if (item < middles) {
           work = ScheduleWork(
@@ -76,7 +83,7 @@ struct TilesSm90 {
           work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
         }
         const bool last_first = kMask != MaskKind::kFull && !second;
-        second = params.paired && !second && item < middles;
+        second = IsPaired() && !second && item < middles;
         due = !second;
         if (kAsksEarly && due) Advance();
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
