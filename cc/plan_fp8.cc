@@ -26,7 +26,10 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
   if (size == 128 && plain && variant.mask == Mask::kFull && !variant.two_level) {
     return {192, 96, 2, 2, true, 3};
   }
-  if (size <= 128) return {128, plain ? 192 : 128, 2, 2, !variant.two_level};
+  if (size <= 128) {
+    // What segments hold leaves no registers for two sets of weights.
+    return {128, plain ? 192 : 128, 2, 2, !variant.two_level && !variant.segments};
+  }
   if (size <= 192) return {128, plain ? 96 : 64, 1, 2};
   return {128, plain ? 96 : 64, 1, 2};
 }

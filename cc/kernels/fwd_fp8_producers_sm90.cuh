@@ -66,8 +66,12 @@ struct FwdFp8ProducersSm90 {
       MbarrierArriveWarp(address(Kernel::kFullTile, t.stage));
       t.Advance();
     };
-    int slot = Kernel::kTileSlots - 1, block = -1, done = 0;  // blocks of this tile
-    bool is_ahead = false;                                    // the next tile is handed over
+    int block = -1, done = 0;  // of this tile
+    bool is_ahead = false;     // the next tile is handed over
+    const auto current = [&] {
+      const int slot = t.stage - (is_ahead ? 2 : 1);
+      return Kernel::SlotAt(smem_pointer, slot < 0 ? slot + Kernel::kTileSlots : slot);
+    };
     Keys keys;
 #pragma unroll 1
     while (true) {
@@ -76,16 +80,15 @@ struct FwdFp8ProducersSm90 {
         is_ahead = true;
       }
       if (block < 0) {
-        slot = slot + 1 == Kernel::kTileSlots ? 0 : slot + 1;
         is_ahead = false;
-        const typename Tiles::Work& work = Kernel::SlotAt(smem_pointer, slot)->work;
+        const typename Tiles::Work& work = current()->work;
         if (work.tile.row0 < 0) break;
         keys = work.keys;
         block = keys.First();
         done = 0;
         if (block < 0) continue;
       }
-      const Tile& tile = Kernel::SlotAt(smem_pointer, slot)->work.tile;
+      const Tile& tile = current()->work.tile;
       const Sequence& sequence = tile.sequence;
       const int row = sequence.kv_begin + block * C::kBlockN;
       if (leader) {

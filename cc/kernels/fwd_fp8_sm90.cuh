@@ -41,7 +41,10 @@ struct FwdFp8Sm90 {
   // three optimistic consumers need each register.
   static constexpr bool kSearches = C::kPacked || C::kSegments;
   static constexpr bool kTight = kConsumers == 3 && C::kOptimistic;
-  static constexpr int kProducerRegisters = kTight ? 32 : kSearches || kConsumers == 3 ? 56 : 40;
+  static constexpr int kProducerRegisters = kTight                         ? 32
+                                            : C::kSegments                 ? 88
+                                            : kSearches || kConsumers == 3 ? 56
+                                                                           : 40;
   static constexpr int kConsumerRegisters = (512 - kProducerRegisters) / kConsumers / 8 * 8;
 
   // Panels of 128 columns: rows of 128 bytes under the 128-byte swizzle.
