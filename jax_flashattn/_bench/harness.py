@@ -205,8 +205,7 @@ def _print_rows(cell: Cell, rows: Sequence[Row]) -> None:
 
 
 def with_peers(groups: Sequence[Group], peers: Sequence[str]) -> list[Group]:
-    """The groups in which one of `peers` takes part, without the other ones, and those in which
-    several of our own are compared."""
+    """The groups in which one of `peers` takes part, without the others, or several of our own do."""
     found = []
     for group in groups:
         entries = [x for x in group.entries if is_ours(x.impl) or x.impl in peers]
