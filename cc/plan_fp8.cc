@@ -27,8 +27,9 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
     return {192, 96, 2, 2, true, 3};
   }
   if (size <= 128) {
-    // What segments hold leaves no registers for two sets of weights.
-    return {128, plain ? 192 : 128, 2, 2, !variant.two_level && !variant.segments};
+    // What segments hold leaves no registers for two sets of weights, nor for two of sums.
+    const int block_n = plain ? 192 : variant.two_level && variant.segments ? 96 : 128;
+    return {128, block_n, 2, 2, !variant.two_level && !variant.segments};
   }
   if (size <= 192) return {128, plain ? 96 : 64, 1, 2};
   return {128, plain ? 96 : 64, 1, 2};

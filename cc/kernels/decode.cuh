@@ -342,7 +342,7 @@ struct Decode {
     Ring ring;
     const auto release = [&](int stage) {
       __syncwarp();
-      if (lane == 0) MbarrierArrive(Empty(smem, stage));
+      MbarrierArriveWarp(Empty(smem, stage));
     };
     if (!C::kParts && ReadThreadIndex() == 0) {
       const DecodeScratch scratch = DecodeScratch::Of<C::kRows>(params);
@@ -549,7 +549,7 @@ struct Decode {
         }
         for (int stage = lane; stage < C::kStages; stage += kWarpSize) {
           MbarrierInit(Full(smem, stage), 1);
-          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+          MbarrierInitWarps(Empty(smem, stage), kConsumerWarps);
         }
         FenceMbarrierInit();
         __syncwarp();
@@ -562,7 +562,7 @@ struct Decode {
       if (threadIdx.x % kWarpSize == 0) {
         for (int stage = threadIdx.x / kWarpSize; stage < C::kStages; stage += C::kWarps) {
           MbarrierInit(Full(smem, stage), kProducerWarps * kWarpSize);
-          MbarrierInit(Empty(smem, stage), kConsumerWarps);
+          MbarrierInitWarps(Empty(smem, stage), kConsumerWarps);
         }
       }
       __syncthreads();

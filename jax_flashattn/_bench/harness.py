@@ -205,7 +205,7 @@ def _print_rows(cell: Cell, rows: Sequence[Row]) -> None:
 
 
 def with_peers(groups: Sequence[Group], peers: Sequence[str]) -> list[Group]:
-    """The groups in which one of `peers` takes part, without the others, or several of our own do."""
+    """The groups in which one of `peers` takes part, without the others, or several of our own."""
     found = []
     for group in groups:
         entries = [x for x in group.entries if is_ours(x.impl) or x.impl in peers]
