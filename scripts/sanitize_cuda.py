@@ -206,8 +206,10 @@ def main() -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         numbers = visible.split(",") if visible else map(str, range(len(devices["devices"])))
         sanitizer = _Sanitizer(args.program, work, args.seconds, list(numbers))
-        for ended, found in enumerate(pool.map(sanitizer.check, runs), 1):
-            results += found
+        waiting = [pool.submit(sanitizer.check, run) for run in runs]
+        for ended, run in enumerate(concurrent.futures.as_completed(waiting), 1):
+            results += run.result()
+            results.sort(key=lambda x: (x["tool"], x["case"], x["family"], x["first"]))
             entries = (work / "cache").glob("*.jfa")
             symbols |= {x: _symbol(x) for x in entries if x not in symbols}
             report |= {

@@ -99,6 +99,7 @@ def test_more_tiles_than_multiprocessors(H, T, is_causal):
     oracle_fp8.check(
         *oracle_fp8.make_inputs(6, 8, T, 450, 16, 4, H, H),
         is_causal=is_causal,
+        query_offset=0,
         key_value_seq_lengths=kv_lengths,
     )
 
