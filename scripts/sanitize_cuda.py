@@ -196,6 +196,7 @@ def main() -> None:
         "source_sha256": _native.kernel_sources_sha256(),
     }
     results: list[dict] = []
+    order = ("tool", "case", "family", "first")  # in the report
     symbols: dict[pathlib.Path, str] = {}  # of the cache's entries, which never change
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -207,16 +208,15 @@ def main() -> None:
         numbers = visible.split(",") if visible else map(str, range(len(devices["devices"])))
         sanitizer = _Sanitizer(args.program, work, args.seconds, list(numbers))
         waiting = [pool.submit(sanitizer.check, run) for run in runs]
-        for ended, run in enumerate(concurrent.futures.as_completed(waiting), 1):
-            results += run.result()
-            results.sort(key=lambda x: (x["tool"], x["case"], x["family"], x["first"]))
+        for ended, found in enumerate(concurrent.futures.as_completed(waiting), 1):
+            results += found.result()
             entries = (work / "cache").glob("*.jfa")
             symbols |= {x: _symbol(x) for x in entries if x not in symbols}
             report |= {
                 "passed": sum(x["passed"] for x in results),
                 "failed": sum(not x["passed"] for x in results),
                 "not_ended": len(runs) - ended,
-                "runs": results,
+                "runs": sorted(results, key=lambda x: [x[y] for y in order]),
                 "kernels": sorted(set(symbols.values())),
             }
             # After each run: what ended isn't lost if this is stopped.
