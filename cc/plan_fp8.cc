@@ -31,7 +31,6 @@ Tile PickTile(int head_dim, int head_dim_v, const Variant& variant) {
     const int block_n = plain ? 192 : variant.two_level && variant.segments ? 96 : 128;
     return {128, block_n, 2, 2, !variant.two_level && !variant.segments};
   }
-  if (size <= 192) return {128, plain ? 96 : 64, 1, 2};
   return {128, plain ? 96 : 64, 1, 2};
 }
 

@@ -10,19 +10,10 @@ namespace jfa {
 
 template <class C>
 struct CopiesSm90 {
-  static constexpr int kRowBytes = 128;  // of a box, which the engine swizzles
-  static constexpr int kColumns = 64;    // of 16 bits in them
-  static constexpr int kKeyColumns = C::kFp8 ? 128 : kColumns;
+  static constexpr int kRowBytes = 128;                       // of a box, which the engine swizzles
+  static constexpr int kKeyColumns = C::kFp8 ? 128 : 64;      // elements in them
   static constexpr int kPanelBytes = C::kBlockN * kRowBytes;  // of a block of keys
   using Tile = typename TilesSm90<C>::Tile;
-
-  // A tile of rows that lie together, by one lane.
-  template <int kPanelCount, int kTilePanelBytes, int kPanelColumns = kColumns>
-  static JFA_DEVICE void Load(const TensorMap* map, uint32 target, uint32 barrier, int row,
-                              int head, int batch, uint64 policy) {
-    LoadTile<kPanelCount, kTilePanelBytes, kPanelColumns>(map, target, barrier, row, head, batch,
-                                                          policy);
-  }
 
   // Where a block of keys is: of a paged call each lane knows the rows of one box.
   struct KeyPlace {
@@ -70,8 +61,8 @@ struct CopiesSm90 {
       __syncwarp();
     } else if (leader) {
       MbarrierWait(empty, parity ^ 1);
-      Load<kPanelCount, kPanelBytes, kKeyColumns>(map, target, full, place.row, place.head,
-                                                  place.batch, kL2EvictLast);
+      LoadTile<kPanelCount, kPanelBytes, kKeyColumns>(map, target, full, place.row, place.head,
+                                                      place.batch, kL2EvictLast);
     }
   }
 };

@@ -541,15 +541,15 @@ struct Decode {
       // The warp that orders the first copies makes the barriers, and waits for nobody.
       constexpr int kThreads = C::kWarps * kWarpSize;
       if (threadIdx.x / kWarpSize == kConsumerWarps) {
-        const int lane = threadIdx.x % kWarpSize;
-        if (lane == 0) {
+        if (threadIdx.x % kWarpSize == 0) {
           TmaPrefetch(&params.k);
           TmaPrefetch(&params.v);
           if (C::kParts) MbarrierInit(smem + kSmemResults, 1);
-        }
-        for (int stage = lane; stage < C::kStages; stage += kWarpSize) {
-          MbarrierInit(Full(smem, stage), 1);
-          MbarrierInitWarps(Empty(smem, stage), kConsumerWarps);
+#pragma unroll
+          for (int stage = 0; stage < C::kStages; ++stage) {
+            MbarrierInit(Full(smem, stage), 1);
+            MbarrierInitWarps(Empty(smem, stage), kConsumerWarps);
+          }
         }
         FenceMbarrierInit();
         __syncwarp();

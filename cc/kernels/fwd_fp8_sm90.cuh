@@ -268,9 +268,9 @@ struct FwdFp8Sm90 {
           pass_tile();
           release(slot);
         } else {
-          Output zeros;
-          Clear(zeros);
-          store(slot, finish(slot, Softmax(1.f)), zeros);
+          Results::StoreZeros(params, smem + kSmemOut, kGroup + group, group, work->tile,
+                              finish(slot, Softmax(1.f)));
+          release(slot);
         }
         slot = wait_tile();
         work = &SlotAt(smem_pointer, slot)->work;

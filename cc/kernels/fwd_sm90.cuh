@@ -225,14 +225,7 @@ struct FwdSm90 {
     if (row >= C::kBlockN) return;
     if (!C::kPaged && sequence.kv_begin + sequence.kv_len == problem.kv_len) return;
     MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
-    for (int i = row * 8 + ReadThreadIndex() % kGroupThreads; i < C::kBlockN * 8;
-         i += kGroupThreads) {
-#pragma unroll
-      for (int panel = 0; panel < kPanelsV; ++panel) {
-        StoreShared16(smem + kSmemV + v.stage * kBytesV + panel * kPanelBytesN + i * 16,
-                      make_uint4(0, 0, 0, 0));
-      }
-    }
+    ClearRows<kPanelsV, kPanelBytesN>(smem + kSmemV + v.stage * kBytesV, row, C::kBlockN);
     FenceProxyAsync();
     NamedBarrierSync(kGroup + group, kGroupThreads);
   }

@@ -114,13 +114,8 @@ struct TilesSm90 {
     Keys keys;
     LogitMap<C::kSoftcap, C::kAlibi> logits;
 
-    // By a whole warp, whose leader writes; part by part, to save registers.
-    JFA_DEVICE void Set(const ProblemParams& problem, const Tile& t, bool leader) {
-      if (leader) tile = t;
-      __syncwarp();
-      SetRest(problem, leader);
-    }
-    // The same where `tile` is there.
+    // What `tile`, which is there, doesn't hold. By a whole warp, whose leader writes; part by
+    // part, to save registers.
     JFA_DEVICE void SetRest(const ProblemParams& problem, bool leader) {
       const Mask new_mask(problem, tile.sequence);
       if (leader) mask = new_mask;
