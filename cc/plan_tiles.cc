@@ -229,7 +229,9 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
     if (full || is_short) return {128, block_n, 2, false, 1};
     return {128, block_n, 2, false, 1, W::kSearched, true, 2, true};
   }
-  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, 2, causal && !is_short};
+  // A short tile's copies are soon ordered: with three slots the tile after it is known by then.
+  const int slots = is_short ? 3 : 2;
+  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, slots, causal && !is_short};
 }
 
 }  // namespace
