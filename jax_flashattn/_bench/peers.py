@@ -26,9 +26,9 @@ from jax_flashattn._bench.timing import (
 
 Window = tuple[int, int] | None  # keys to the left and right
 MOST_XLA_KEYS, MOST_XLA = 1024, 2  # XLA keeps all scores in memory; calls in a program
-# Calls in a program: its kernels are made in Python, which takes seconds that no other thread can
-# use.
-MOST_TOKAMAX = 10
+# Calls in a program, and keys up to which the backward is timed: its kernels are made in Python,
+# which takes seconds that no other thread can use, and beyond the backward falls far behind.
+MOST_TOKAMAX, MOST_TOKAMAX_KEYS = 10, 1024
 SPLITS = (1, 16, 32)  # of keys; FlashAttention-3's JAX binding leaves the choice to the caller
 FP8_SCALES = [
     *(f"amax_d{name}" for name in "QKVP"),
@@ -196,9 +196,9 @@ def attention(cell: Cell, window: Window, *, only: Sequence[str] | None = None) 
     if cell.seq_kv <= MOST_XLA_KEYS:
         builds["jax_xla"] = made(_jax_nn, "xla", most=MOST_XLA)
     if importable("tokamax"):
-        # Its backward is two kernels, of which a chain of gradients needs the one that makes dQ:
-        # XLA leaves the other out.
-        builds["tokamax"] = made(_tokamax, most=MOST_TOKAMAX, backward=0)
+        builds["tokamax"] = made(
+            _tokamax, most=MOST_TOKAMAX, backward=3 if cell.seq_kv <= MOST_TOKAMAX_KEYS else 0
+        )
     if importable("dew_flash_attn"):
         builds["dew_fa3"] = made(_dew_fa3)
     torch_options: dict[str, Any] = {"op": "fwd", "backward": True}

@@ -121,10 +121,11 @@ def jax_build(
         return jax.vjp(lambda *x: first(*x, *others), *inputs[:backward])
 
     def gradients(vjp: Any, dout: jax.Array) -> Any:
-        grads = (dout,)
+        others = []  # results, too: XLA leaves out kernels whose results nothing uses
         for _ in range(backward_repeats):
-            grads = vjp(grads[0])
-        return grads
+            dout, *rest = vjp(dout)
+            others += rest
+        return dout, others
 
     def build() -> Start:
         lowered = jax.jit(forward).lower(*[inputs[0]] * queries, *inputs[1:])
