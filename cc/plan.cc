@@ -94,6 +94,7 @@ KernelSpec MakeFwdSm90(const Variant& variant, Common common, int smem_kb) {
   AddTile(&fields, variant, common, tile.block_m, tile.block_n, tile.stages, smem);
   AddInt(&fields, "kStagesQ", tile.stages_q);
   AddBool(&fields, "kSplitQ", tile.split_q);
+  AddInt(&fields, "kHeldQ", tile.held_q);
   AddInt(&fields, "kStages8", tile.stages_8);
   AddBool(&fields, "kPaged", variant.paged);
   AddBool(&fields, "kStageOut", stage_out);

@@ -138,7 +138,7 @@ DqTile PickDqTile(int size, int smem_kb) {
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b) {
   const auto fields = [](const FwdSm90Tile& t) {
     return std::tie(t.block_m, t.block_n, t.stages, t.ping_pong, t.stages_q, t.weighing,
-                    t.finder_warp, t.tile_slots, t.counted, t.stages_8, t.split_q);
+                    t.finder_warp, t.tile_slots, t.counted, t.stages_8, t.split_q, t.held_q);
   };
   return fields(a) == fields(b);
 }
@@ -230,8 +230,8 @@ FwdSm90Tile PickPlainFwdSm90(int size, int head_dim_v, const Variant& variant) {
     return {128, block_n, 2, false, 1, W::kSearched, true, 2, true};
   }
   // A short tile's copies are soon ordered: with three slots the tile after it is known by then.
-  const int slots = is_short ? 3 : 2;
-  return {128, is_short ? 64 : 80, 2, false, 1, W::kSearched, causal, slots, causal && !is_short};
+  if (is_short) return {128, 64, 2, false, 1, W::kSearched, causal, 3};
+  return {128, 80, 2, true, 1, W::kSearched, causal, 2, causal};
 }
 
 }  // namespace
@@ -244,6 +244,8 @@ FwdSm90Tile PickFwdSm90Tile(int head_dim, int head_dim_v, const Variant& variant
                            : PickFwdSm90WithFeatures(size, head_dim_v, variant);
   tile.split_q =
       size > 64 && size <= 128 && tile.block_m == 128 && tile.stages_q == 1 && !variant.packed;
+  // As many as there are registers for.
+  if (plain && !variant.packed && head_dim > 192) tile.held_q = tile.block_n == 64 ? 6 : 4;
   return tile;
 }
 

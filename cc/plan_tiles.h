@@ -51,6 +51,7 @@ struct FwdSm90Tile {
   bool counted = false;  // tiles go to who is free, not in turn
   int stages_8 = 0;      // of K or V in 8 bits
   bool split_q = false;  // each warpgroup's queries are copied by themselves
+  int held_q = 0;        // of their head dims so many times 16 stay in registers
 };
 bool operator==(const FwdSm90Tile& a, const FwdSm90Tile& b);
 

@@ -541,13 +541,14 @@ struct Decode {
       // The warp that orders the first copies makes the barriers, and waits for nobody.
       constexpr int kThreads = C::kWarps * kWarpSize;
       if (threadIdx.x / kWarpSize == kConsumerWarps) {
+        const int writers = kProducerWarps == 4 && params.fwd.pages.table != nullptr ? 2 : 1;
         if (threadIdx.x % kWarpSize == 0) {
           TmaPrefetch(&params.k);
           TmaPrefetch(&params.v);
           if (C::kParts) MbarrierInit(smem + kSmemResults, 1);
 #pragma unroll
           for (int stage = 0; stage < C::kStages; ++stage) {
-            MbarrierInit(Full(smem, stage), 1);
+            MbarrierInit(Full(smem, stage), writers);
             MbarrierInitWarps(Empty(smem, stage), kConsumerWarps);
           }
         }

@@ -78,15 +78,21 @@ struct DecodeCopies {
     }
   };
 
-  // A block of K or V, by one warp whose lanes each order a box; or by two, for each other box,
-  // of which number 0 says how much comes.
+  // A block of K or V, by one warp whose lanes each order a box; or by two, for each other box, of
+  // which number 0 says how much comes. Number 1 arrives even where it has no box to order. Else
+  // nobody would wait for it, and a whole ring behind it would take a buffer's parity for the wrong
+  // turn.
   enum Share { kEven, kOdd, kAll };
   template <int kNumPanels>
   static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
                                       uint32 stage, uint32 full, Share share) {
     const int lane = ReadLaneIndex();
-    if (lane == 0 && share != kOdd) {
-      MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
+    if (lane == 0) {
+      if (share == kOdd) {
+        MbarrierArrive(full);
+      } else {
+        MbarrierArriveExpect(full, boxes.num_needed * box_rows * PanelN::kPitch * kNumPanels);
+      }
     }
     __syncwarp();
     if (lane < boxes.num_needed && (share == kAll || lane % 2 == share)) {

@@ -28,8 +28,9 @@ struct FwdProducersSm90 {
   using KeyPlace = typename Copies::KeyPlace;
 
   // Who finds the CTA's tiles, and hands them over in shared memory: the producer in front of each
-  // tile, or a warp of its own, one or two tiles ahead. That is faster where tiles are short, and
-  // slower where they are long.
+  // tile, or a warp of its own, one or two tiles ahead. That is faster where tiles are short. Where
+  // they are long and go to who is free, a CTA that asks so early isn't free yet, and may get more
+  // than its share: there the warp waits until all copies of the tile before are ordered.
   struct Finder {
     TileWalk walk;
     RingTile t;
@@ -56,6 +57,14 @@ struct FwdProducersSm90 {
       __syncwarp();
       t.Advance();
       return more;
+    }
+
+    // Of the warp of its own, and what ends that, of the producer.
+    JFA_DEVICE void WaitForOrders() const {
+      if (walk.AsksLate()) NamedBarrierSync(Kernel::kOrdered, 2 * kWarpSize);
+    }
+    JFA_DEVICE void TellOfOrders() const {
+      if (C::kFinderWarp && walk.AsksLate()) NamedBarrierArrive(Kernel::kOrdered, 2 * kWarpSize);
     }
   };
 
@@ -147,6 +156,7 @@ struct FwdProducersSm90 {
         place.Set(params, slot->tile, block);
       }
       __syncwarp();
+      finder.TellOfOrders();
       Kernel::Arrive(Kernel::Address(smem, Kernel::kEmptyTile, t.stage));
       t.Advance();
     }

@@ -21,8 +21,8 @@
 // Shared      kStagesQ buffers of Q, kStages of K and of V, kStages8 of either in 8 bits, each with
 //             a full and an empty mbarrier; the output, if there is room. plan.cc computes the same
 //             sum.
-// Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, and 30 or so
-//             more, of 240 (two consumers), 160 (three) or 112 (four).
+// Registers   consumer: output kHeadDimV / 2, scores kBlockN / 2, weights kBlockN / 4, queries
+//             4 kHeldQ, and 30 or so more, of 240 (two consumers), 160 (three) or 112 (four).
 //
 // ptxas runs all products one after the other (C7510 to C7517 in its log) if on some path it can't
 // tell that a product is done before its accumulator is touched. So each wait stands in the same
@@ -108,7 +108,8 @@ struct FwdSm90 {
     kFull8 = kEmptyTile + kTileSlots,
     kEmpty8 = kFull8 + C::kStages8,
   };
-  enum NamedBarrier { kTurn = 1, kGroup = kTurn + kConsumers };  // of each consumer warpgroup
+  // Of each consumer warpgroup; and what the finder waits for.
+  enum NamedBarrier { kTurn = 1, kGroup = kTurn + kConsumers, kOrdered = kGroup + kConsumers };
 
   static_assert(C::kBlockM % kGroupRows == 0 && kConsumers >= 1 && kConsumers <= 4,
                 "a consumer warpgroup owns 64 rows");
@@ -120,6 +121,7 @@ struct FwdSm90 {
                         : C::kStages8 == 0,
                 "queries are converted when a tile begins; notes have room for four");
   static_assert(!(C::kFp8 && C::kFinderWarp), "the second warp converts");
+  static_assert(C::kHeldQ == 0 || (C::kStagesQ == 1 && !C::kFp8), "held from a tile's begin on");
   // A tile's output may wait in registers until the next tile's second product of scores runs.
   // Where warpgroups take turns, this would make them longer.
   static constexpr bool kStoreLater = C::kStagesQ > 1 && !C::kPingPong;
@@ -158,17 +160,37 @@ struct FwdSm90 {
 
   // --- consumers --------------------------------------------------------------------------------
 
+  // The last C::kHeldQ of a tile's kDimSteps times 16 dims of Q, in registers while the tile lasts:
+  // at the largest head dim shared memory is nearly full of traffic, and products that read Q there
+  // are a good part of it.
+  static constexpr int kReadQ = kDimSteps - C::kHeldQ;  // steps that read Q from shared memory
+  using HeldQ = uint32[C::kHeldQ > 0 ? C::kHeldQ : 1][4];
+  static JFA_DEVICE void LoadHeldQ(HeldQ& held, uint32 smem_q) {
+    const int lane = ReadLaneIndex();
+    const int row = ReadThreadIndex() % kGroupThreads / kWarpSize * 16 + lane % 16;
+#pragma unroll
+    for (int step = kReadQ; step < kDimSteps; ++step) {
+      const int chunk = (step % 4 * 2 + lane / 16) ^ row % 8;
+      Ldmatrix4(held[step - kReadQ],
+                smem_q + step / 4 * kPanelBytesM + row * kRowBytes + chunk * 16);
+    }
+  }
+
   // s = Q K^T, started
-  static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, uint32 smem_k) {
+  static JFA_DEVICE void ScoreGemm(Scores& s, uint32 smem_q, const HeldQ& held, uint32 smem_k) {
     const uint64 q = PanelDescriptor(smem_q, 16), k = PanelDescriptor(smem_k, 16);
     Pin(s);
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kDimSteps; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      Wgmma<C::kBlockN>::template Ss<kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
-                                                   k + ((panel * kPanelBytesN + within) >> 4),
-                                                   step > 0);
+      const uint64 keys = k + ((panel * kPanelBytesN + within) >> 4);
+      if (step < kReadQ) {
+        Wgmma<C::kBlockN>::template Ss<kBf16, false>(s, q + ((panel * kPanelBytesM + within) >> 4),
+                                                     keys, step > 0);
+      } else {
+        Wgmma<C::kBlockN>::template Rs<kBf16, false>(s, held[step - kReadQ], keys, step > 0);
+      }
     }
     WgmmaCommit();
     Pin(s);
@@ -363,9 +385,11 @@ struct FwdSm90 {
         FenceProxyAsync();
         NamedBarrierSync(kGroup + group, kGroupThreads);
       }
+      HeldQ held;
+      LoadHeldQ(held, smem_q);
       block = skip_hidden(block);
       MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
-      ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+      ScoreGemm(s, smem_q, held, smem + kSmemK + k.stage * kBytesK);
       bool one_segment = keys.one_segment;
       int next = keys.Next(block);
       bool needs_mask = NeedsMask(*work, group, block);
@@ -414,7 +438,7 @@ struct FwdSm90 {
         block = next;
         MbarrierWait(Address(smem, kFullK, k.stage), k.parity);
         TakeTurn(group);
-        ScoreGemm(s, smem_q, smem + kSmemK + k.stage * kBytesK);
+        ScoreGemm(s, smem_q, held, smem + kSmemK + k.stage * kBytesK);
         store_waiting();
         MbarrierWait(Address(smem, kFullV, v.stage), v.parity);
         OutputGemm(out, p, smem + kSmemV + v.stage * kBytesV);
@@ -536,8 +560,7 @@ struct FwdSm90 {
         Keys8::Convert(smem_pointer);
       } else if (C::kFinderWarp && warp == 1) {
         typename Producers::Finder finder(params);
-        while (finder.Put(smem_pointer)) {
-        }
+        while (finder.Put(smem_pointer)) finder.WaitForOrders();
       } else if (kTwoProducers && warp == 2) {
         Producers::ProduceValues(params, smem_pointer);
       }

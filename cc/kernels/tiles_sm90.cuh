@@ -18,8 +18,7 @@ struct TilesSm90 {
     Sequence sequence;
   };
 
-  // With so few, CTAs on one head's keys are too few to read them together, and they must stay in
-  // the L2: smaller sections (ScheduleWork).
+  // With so few, tiles are short, and CTAs on one head's keys too few to read them together.
   static constexpr int kFewRowTiles = 16;
 
   // The row tiles of one CTA. Under a causal mask they either come longest first, or in pairs of a
@@ -39,8 +38,8 @@ struct TilesSm90 {
           num_items(NumHeads() * (IsPaired() ? (num_row_tiles + 1) / 2 : num_row_tiles)),
           item(blockIdx.x) {}
 
-    // All items but the CTAs' first are either taken in turn, or by who is free. The next one is
-    // asked for when this one begins, and the answer looked at when it is needed.
+    // All items but the CTAs' first are either taken in turn, or by who is free. The next one may
+    // be asked for when this one begins, and the answer looked at when it is needed.
     JFA_DEVICE void Advance() {
       if (!IsCounted()) {
         item += gridDim.x;
@@ -50,6 +49,12 @@ struct TilesSm90 {
     }
     JFA_DEVICE bool IsPaired() const { return kMask == MaskKind::kCausal && params.paired; }
     JFA_DEVICE bool IsCounted() const { return C::kCounted && params.counter != nullptr; }
+    // Whether a CTA must ask for its next tile only when it is nearly done with this one, so that
+    // who had a long one gets a short one.
+    JFA_DEVICE bool AsksLate() const {
+      return kMask == MaskKind::kCausal && !C::kPacked && IsCounted() &&
+             num_row_tiles > kFewRowTiles;
+    }
 
     JFA_DEVICE uint32 NumHeads() const {
       return static_cast<uint32>(params.fwd.problem.batch) * params.fwd.problem.num_heads;
@@ -59,8 +64,9 @@ struct TilesSm90 {
     template <bool kAsksEarly>
     JFA_DEVICE bool Next(Tile* tile) {
       const ProblemParams& problem = params.fwd.problem;
+      const bool asks_late = AsksLate(), asks_early = kAsksEarly && !asks_late;
       while (true) {
-        if (!kAsksEarly && due) Advance();
+        if (!asks_early && due) Advance();
         if (IsCounted()) {
           item = __shfl_sync(kFullWarp, item, 0);
         } else if (!C::kCounted) {
@@ -73,11 +79,17 @@ struct TilesSm90 {
         const bool alike = kMask == MaskKind::kFull || IsPaired();
         WorkItem work;
         if (item < middles) {
+          // Who asks late gets a short tile after a long one, so small sections are shared out
+          // evenly, and their keys stay in the L2. (CTAs there are at different keys: no more than
+          // a third of it.) Who asks early needs long ones.
+          const bool is_small = asks_late || num_row_tiles <= kFewRowTiles;
           work = ScheduleWork(
               item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
               static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-              alike ? 0 : C::kL2Bytes, alike ? MaskKind::kFull : kMask,
-              num_row_tiles <= kFewRowTiles ? 256 : 1024);
+              alike       ? 0
+              : asks_late ? C::kL2Bytes * 2 / 3
+                          : C::kL2Bytes,
+              alike ? MaskKind::kFull : kMask, is_small ? 256 : 1024);
         } else {
           const int head = item - middles;
           work = {blocks_per_head, head / problem.num_heads, head % problem.num_heads};
@@ -85,7 +97,7 @@ struct TilesSm90 {
         const bool last_first = kMask != MaskKind::kFull && !second;
         second = IsPaired() && !second && item < middles;
         due = !second;
-        if (kAsksEarly && due) Advance();
+        if (asks_early && due) Advance();
         if (!SelectQueries<C::kPacked, C::kBlockM>(problem, last_first, work, tile->sequence)) {
           continue;
         }
