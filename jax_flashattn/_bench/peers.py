@@ -101,8 +101,13 @@ def _torch_start(
     backward: bool,
     heads_first: bool,
     copies: int = 1,
+    queries: int = 1,
 ) -> Start:
-    """Timers of a PyTorch function: the forward in a CUDA graph, the backward in a queue."""
+    """Timers of a PyTorch function: the forward in a CUDA graph, the backward in a queue.
+
+    The forward's calls take turns with `copies` pairs of keys and values. If `queries` is more than
+    1, so many calls have queries and a result of their own, as `jax_build`'s have.
+    """
     import torch
 
     def start(_: Sequence[Any]) -> dict[str, Timer]:
@@ -113,35 +118,34 @@ def _torch_start(
             middle = (heads, tokens) if heads_first else (tokens, heads)
             return torch.randn((cell.batch, *middle, cell.head_dim), device="cuda", dtype=dtype)
 
-        q = draw(cell.seq_q, cell.heads)
+        firsts = [draw(cell.seq_q, cell.heads) for _ in range(queries)]
         keys = [[draw(cell.seq_kv, cell.kv_heads) for _ in "kv"] for _ in range(copies)]
-        repeats = -(-repeats_for(cell.seconds) // copies) * copies
+        repeats = queries if queries > 1 else -(-repeats_for(cell.seconds) // copies) * copies
 
         def wait(_: Any) -> None:
             torch.cuda.synchronize()
 
-        def forward() -> None:
+        def forward() -> list[Any]:
             with torch.no_grad():
-                for i in range(repeats):
-                    call(q, *keys[i % copies])
+                return [call(firsts[i % queries], *keys[i % copies]) for i in range(repeats)]
 
         forward()
         wait(None)
         graph = torch.cuda.CUDAGraph()
         # JAX's threads may call the driver meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            forward()
+            results = forward()
 
-        def replay(_: Any = (q, keys)) -> None:  # keeps what the graph reads
+        def replay(_: Any = (firsts, keys, results)) -> None:  # keeps what the graph uses
             graph.replay()
 
         timers = {op: queue_timer(replay, wait, repeats)}
         if backward:
-            inputs = [x.detach().requires_grad_() for x in (q, *keys[0])]
+            inputs = [x.detach().requires_grad_() for x in (firsts[0], *keys[0])]
             out = call(*inputs)
             dout = torch.randn_like(out)
 
-            backward_repeats = -(-repeats // BACKWARD)
+            backward_repeats = -(-repeats_for(cell.seconds) // BACKWARD)
 
             def gradients() -> None:
                 for _ in range(backward_repeats):
@@ -201,7 +205,11 @@ def attention(cell: Cell, window: Window, *, only: Sequence[str] | None = None) 
         )
     if importable("dew_flash_attn"):
         builds["dew_fa3"] = made(_dew_fa3)
-    torch_options: dict[str, Any] = {"op": "fwd", "backward": True}
+    torch_options: dict[str, Any] = {
+        "op": "fwd",
+        "backward": True,
+        "queries": queries_for(cell.seconds),
+    }
     if importable("torch") and window is None:
         builds["torch_fa2"] = _torch_sdpa("FLASH_ATTENTION", cell, **torch_options)
         builds["torch_cudnn"] = _torch_sdpa("CUDNN_ATTENTION", cell, **torch_options)
