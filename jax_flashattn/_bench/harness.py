@@ -15,7 +15,7 @@ import numpy as np
 from jax_flashattn._bench.report import OURS, Report, Row, is_ours
 from jax_flashattn._bench.timing import Build, Start, Timer, alternate
 
-ROUNDS = 5
+ROUNDS = 9
 CELLS_AT_ONCE = 24  # whose programs are compiled before the first of them is timed
 SPEED = 5e14  # about what a Hopper GPU does, FLOP/s
 BANDWIDTH = 3e12  # about what it reads, bytes per second

@@ -6,6 +6,7 @@ of them can be made at once before the first is timed.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -153,6 +154,16 @@ def jax_build(
 
 
 def alternate(timers: Mapping[str, Timer], rounds: int) -> dict[str, list[float]]:
-    """Readings of each timer, taken in turns."""
-    readings = [{name: timer() for name, timer in timers.items()} for _ in range(rounds)]
-    return {name: [reading[name] for reading in readings] for name in timers}
+    """Readings of each timer, taken in turns.
+
+    Each round is in another order. A device at its power limit is faster for a while after what
+    drew little power: in one order for all rounds, one timer would always profit by another.
+    """
+    order = list(timers)
+    shuffle = random.Random(0).shuffle
+    readings: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            readings[name].append(timers[name]())
+    return readings
