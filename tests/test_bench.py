@@ -257,6 +257,24 @@ def test_queue_is_timed_per_call():
     assert 0.002 <= timer() < 0.01
 
 
+def test_each_round_reads_all_timers_in_another_order():
+    read = []
+
+    def timer(name):
+        def seconds():
+            read.append(name)
+            return float(len(read))
+
+        return seconds
+
+    found = timing.alternate({name: timer(name) for name in "abcd"}, 6)
+    rounds = ["".join(read[i : i + 4]) for i in range(0, 24, 4)]
+    assert all(sorted(order) == list("abcd") for order in rounds)
+    assert len(set(rounds)) > 3 and len({order[0] for order in rounds}) > 1
+    for name in "abcd":
+        assert found[name] == [float(i) for i, one in enumerate(read, 1) if one == name]
+
+
 def test_tables_and_plots(tmp_path):
     report = made_up()
     lines = speed_tables.lines(report)
