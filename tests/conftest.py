@@ -24,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", help="with -m gpu: write what ran, and on what, to this file")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Compiling takes up to a minute a test: a worker without work takes another one's."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         jax.config.update("jax_platforms", "cpu")
