@@ -105,8 +105,8 @@ def _torch_start(
 ) -> Start:
     """Timers of a PyTorch function: the forward in a CUDA graph, the backward in a queue.
 
-    The forward's calls take turns with `copies` pairs of keys and values. If `queries` is more than
-    1, so many calls have queries and a result of their own, as `jax_build`'s have.
+    The forward's calls take turns with `copies` pairs of keys and values; each keeps its result. If
+    `queries` is more than 1, there are so many calls, with queries of their own, as `jax_build`'s.
     """
     import torch
 
