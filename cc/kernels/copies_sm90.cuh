@@ -39,14 +39,15 @@ struct CopiesSm90 {
     }
   };
 
-  // A block of K or V, when its buffer is empty.
+  // A block of K or V, when its buffer is empty. All lanes wait for that: one that waits alone
+  // polls on and on, where a warp sleeps.
   template <int kPanelCount>
   static JFA_DEVICE void LoadKeys(const FwdSm90Params& params, const TensorMap* map, uint32 target,
                                   uint32 full, uint32 empty, uint32 parity, const KeyPlace& place,
                                   bool leader) {
+    MbarrierWait(empty, parity ^ 1);
     if constexpr (C::kPaged) {
       const int lane = ReadLaneIndex();
-      MbarrierWait(empty, parity ^ 1);
       if (leader) {
         MbarrierArriveExpect(full, place.num_boxes * params.box_rows * kRowBytes * kPanelCount);
       }
@@ -60,7 +61,6 @@ struct CopiesSm90 {
       }
       __syncwarp();
     } else if (leader) {
-      MbarrierWait(empty, parity ^ 1);
       LoadTile<kPanelCount, kPanelBytes, kKeyColumns>(map, target, full, place.row, place.head,
                                                       place.batch, kL2EvictLast);
     }

@@ -44,7 +44,7 @@ struct FwdFp8ProducersSm90 {
   // One warp, of which one lane gives the orders.
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
+    const bool leader = ElectLane();
     typename Tiles::Walk walk(params);
     RingTile t;
     RingQ q;
@@ -91,16 +91,17 @@ struct FwdFp8ProducersSm90 {
       const Tile& tile = current()->work.tile;
       const Sequence& sequence = tile.sequence;
       const int row = sequence.kv_begin + block * C::kBlockN;
+      // All lanes wait: one that waits alone polls on and on, where a warp sleeps.
+      MbarrierWait(address(Kernel::kEmptyK, k.stage), k.parity ^ 1);
       if (leader) {
-        MbarrierWait(address(Kernel::kEmptyK, k.stage), k.parity ^ 1);
         LoadTile<Kernel::kPanels, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
             &params.k, smem + Kernel::kSmemK + k.stage * Kernel::kBytesK,
             address(Kernel::kFullK, k.stage), row, tile.kv_head, tile.batch, kL2EvictLast);
       }
       k.Advance();
       if (done == 0) {
+        MbarrierWait(address(Kernel::kEmptyQ, q.stage), q.parity ^ 1);
         if (leader) {
-          MbarrierWait(address(Kernel::kEmptyQ, q.stage), q.parity ^ 1);
           LoadTile<Kernel::kPanels, Kernel::kPanelBytesM, Kernel::kPanelColumns>(
               &params.q, smem + Kernel::kSmemQ + q.stage * Kernel::kBytesQ,
               address(Kernel::kFullQ, q.stage), sequence.q_begin + tile.row0, tile.head, tile.batch,
@@ -109,8 +110,8 @@ struct FwdFp8ProducersSm90 {
         q.Advance();
       }
       // Values follow at once: they have the longer way.
+      MbarrierWait(address(Kernel::kEmptyV, v.stage), v.parity ^ 1);
       if (leader) {
-        MbarrierWait(address(Kernel::kEmptyV, v.stage), v.parity ^ 1);
         *Kernel::KeysAt(smem_pointer, v.stage) = sequence.kv_len - block * C::kBlockN;
         LoadTile<Kernel::kPanelsV, Kernel::kPanelBytesN, Kernel::kPanelColumns>(
             &params.v, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV,

@@ -75,15 +75,16 @@ struct FwdProducersSm90 {
     return slot->tile.row0 < 0 ? nullptr : slot;
   }
 
-  // A tile's queries, by one lane, when their buffer is empty.
+  // A tile's queries, when their buffer is empty.
   static JFA_DEVICE void LoadQueries(const FwdSm90Params& params, uint32 smem, const Tile& tile,
-                                     const RingQ& q) {
+                                     const RingQ& q, bool leader) {
     constexpr int kRows = C::kBlockM / Kernel::kPartsQ;
 #pragma unroll
     for (int part = 0; part < Kernel::kPartsQ; ++part) {
       const int buffer = Kernel::BufferQ(q.stage, part);
       const uint32 full = Kernel::Address(smem, Kernel::kFullQ, buffer);
       MbarrierWait(Kernel::Address(smem, Kernel::kEmptyQ, buffer), q.parity ^ 1);
+      if (!leader) continue;
       MbarrierArriveExpect(full, Kernel::kBytesQ / Kernel::kPartsQ);
       LoadPanels<Kernel::kPanels, Kernel::kPanelBytesM, Kernel::kPanelColumns>(
           &params.q,
@@ -95,7 +96,7 @@ struct FwdProducersSm90 {
 
   static JFA_DEVICE void Produce(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
-    const bool leader = ReadLaneIndex() == 0;
+    const bool leader = ElectLane();
     Finder finder(params);
     RingTile t;
     RingQ q;
@@ -144,7 +145,7 @@ struct FwdProducersSm90 {
       while (block >= 0) {
         load_keys(place);
         if (is_first) {
-          if (leader) LoadQueries(params, smem, slot->tile, q);
+          LoadQueries(params, smem, slot->tile, q, leader);
           q.Advance();
           is_first = false;
         }
@@ -169,6 +170,7 @@ struct FwdProducersSm90 {
   // A paged call's other producer: all values.
   static JFA_DEVICE void ProduceValues(const FwdSm90Params& params, unsigned char* smem_pointer) {
     const uint32 smem = SmemAddress(smem_pointer);
+    const bool leader = ElectLane();
     RingTile t;
     Ring v;
     while (const Work* slot = WaitTile(smem_pointer, t)) {
@@ -180,7 +182,7 @@ struct FwdProducersSm90 {
         Copies::template LoadKeys<Kernel::kPanelsV>(
             params, &params.v, smem + Kernel::kSmemV + v.stage * Kernel::kBytesV,
             Kernel::Address(smem, Kernel::kFullV, v.stage),
-            Kernel::Address(smem, Kernel::kEmptyV, v.stage), v.parity, place, ReadLaneIndex() == 0);
+            Kernel::Address(smem, Kernel::kEmptyV, v.stage), v.parity, place, leader);
         v.Advance();
         block = keys.Next(block);
         place.Set(params, slot->tile, block);

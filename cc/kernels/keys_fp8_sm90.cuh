@@ -57,10 +57,8 @@ struct KeysFp8Sm90 {
     const uint32 smem = SmemAddress(smem_pointer);
     const uint32 full = Kernel::Address(smem, Kernel::kFull8, ring.stage),
                  empty = Kernel::Address(smem, Kernel::kEmpty8, ring.stage);
-    if (leader) {
-      MbarrierWait(empty, ring.parity ^ 1);
-      *NoteAt(smem_pointer, ring.stage) = note;
-    }
+    MbarrierWait(empty, ring.parity ^ 1);
+    if (leader) *NoteAt(smem_pointer, ring.stage) = note;
     __syncwarp();
     CopiesSm90<C>::template LoadKeys<kPanels>(params, map,
                                               smem + Kernel::kSmem8 + ring.stage * kBytes, full,

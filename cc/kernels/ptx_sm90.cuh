@@ -20,6 +20,18 @@ JFA_DEVICE void StoreGlobal16(void* gmem, const uint32 (&w)[4], bool writes) {
       : "memory");
 }
 
+// One lane of a warp whose lanes are together, always the same one. ptxas knows that it is alone;
+// of lane 0 it doesn't, and makes each order to the copy engine a loop over lanes.
+JFA_DEVICE bool ElectLane() {
+  uint32 elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // --- the tensor copy engine ---
 
 // Orders this thread's plain accesses to shared memory before those of the copy engine and wgmma.
