@@ -541,7 +541,7 @@ struct Decode {
       // The warp that orders the first copies makes the barriers, and waits for nobody.
       constexpr int kThreads = C::kWarps * kWarpSize;
       if (threadIdx.x / kWarpSize == kConsumerWarps) {
-        const int writers = kProducerWarps == 4 && params.fwd.pages.table != nullptr ? 2 : 1;
+        const int writers = DecodeCopies<C, Decode>::SharesBoxes(params.fwd.pages) ? 2 : 1;
         if (threadIdx.x % kWarpSize == 0) {
           TmaPrefetch(&params.k);
           TmaPrefetch(&params.v);

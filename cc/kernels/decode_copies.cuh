@@ -83,6 +83,9 @@ struct DecodeCopies {
   // nobody would wait for it, and a whole ring behind it would take a buffer's parity for the wrong
   // turn.
   enum Share { kEven, kOdd, kAll };
+  static JFA_DEVICE bool SharesBoxes(const PagesArg& pages) {
+    return C::kTma && Kernel::kProducerWarps == 4 && pages.table != nullptr;
+  }
   template <int kNumPanels>
   static JFA_DEVICE void LoadByEngine(const TensorMap* map, const Boxes& boxes, int box_rows,
                                       uint32 stage, uint32 full, Share share) {
@@ -146,7 +149,7 @@ struct DecodeCopies {
     const int warp = (ReadThreadIndex() - Kernel::kConsumers) / kWarpSize;
     if (C::kTma && warp > 0 && !paged) return;
     const bool brings_k = warp % 2 == 0, brings_v = warp % 2 == 1 || !paged;
-    const Share share = Kernel::kProducerWarps == 2 || !paged ? kAll : warp < 2 ? kEven : kOdd;
+    const Share share = !SharesBoxes(fwd.pages) ? kAll : warp < 2 ? kEven : kOdd;
     Walk walk(params, blockIdx.x);
     Ring ring;
     PageWindow window;
