@@ -166,13 +166,12 @@ struct FwdSm90 {
   static constexpr int kReadQ = kDimSteps - C::kHeldQ;  // steps that read Q from shared memory
   using HeldQ = uint32[C::kHeldQ > 0 ? C::kHeldQ : 1][4];
   static JFA_DEVICE void LoadHeldQ(HeldQ& held, uint32 smem_q) {
-    const int lane = ReadLaneIndex();
-    const int row = ReadThreadIndex() % kGroupThreads / kWarpSize * 16 + lane % 16;
+    using Rows = Operand<SmemTile<kGroupRows, kPanelColumns>, Side::kA, false, 4>;
+    const int warp = ReadThreadIndex() % kGroupThreads / kWarpSize;
 #pragma unroll
     for (int step = kReadQ; step < kDimSteps; ++step) {
-      const int chunk = (step % 4 * 2 + lane / 16) ^ row % 8;
-      Ldmatrix4(held[step - kReadQ],
-                smem_q + step / 4 * kPanelBytesM + row * kRowBytes + chunk * 16);
+      const Rows rows(smem_q + step / 4 * kPanelBytesM, warp, ReadLaneIndex());
+      rows.Load(held[step - kReadQ], 0, step % 4);
     }
   }
 
