@@ -41,7 +41,7 @@ struct BwdDqSm80 {
         blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
         problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-        C::kL2Bytes, kMask);
+        C::kL2Bytes / 2, kMask);
     Sequence sequence;
     if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {
       return;

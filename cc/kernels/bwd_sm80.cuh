@@ -178,7 +178,7 @@ struct BwdSm80 {
                      problem.num_kv_heads, 1,
                      static_cast<int64>(problem.q_len) * problem.group *
                          (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-                     C::kL2Bytes, kMask);
+                     C::kL2Bytes / 2, kMask);
     const int tile = work.block;
     Sequence sequence;
     if (!SelectKeys<C::kPacked, kN>(problem, work, sequence)) return;

@@ -314,7 +314,7 @@ struct BwdTilesSm90 {
                              problem.batch, problem.num_kv_heads, 1,
                              static_cast<int64>(problem.q_len) * problem.group *
                                  (problem.head_dim * (C::kDqSums ? 6 : 2) + problem.head_dim_v * 2),
-                             C::kL2Bytes, kMask, kLeastTiles);
+                             C::kL2Bytes / 2, kMask, kLeastTiles);
     work.tile = work.item.block;
     if (!SelectKeys<C::kPacked, kN>(problem, work.item, work.sequence)) return;
     work.item = {Uniform(work.item.block), Uniform(work.item.batch), Uniform(work.item.head)};

@@ -145,7 +145,7 @@ struct FwdSm80 {
         blockIdx.x, NumTiles<C::kPacked, C::kBlockM>(problem, problem.q_len), problem.batch,
         problem.num_heads, problem.group,
         static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
-        C::kL2Bytes, kMask);
+        C::kL2Bytes / 2, kMask);
     Sequence sequence;
     // Under a causal mask the last rows see most: longest tiles first.
     if (!SelectQueries<C::kPacked, C::kBlockM>(problem, kMask != MaskKind::kFull, work, sequence)) {

@@ -19,19 +19,19 @@ struct WorkItem {
 // Linear CTA number -> work. CTAs start roughly in order, so the order is a schedule: inside a
 // section of heads all heads' block 0 come before any block 1. Callers count blocks so that long
 // ones come first and the last to finish are short.
-//   full    sections whose streamed data fits in half of the L2. All tiles are equally long.
+//   full    sections whose streamed data is `section_bytes` at most. All tiles are equally long.
 //   causal  the same, but at least `least_tiles`, several waves: a section of fewer tiles ends in
 //           its longest ones. (H100, head dim 128, S 16384, 16 heads: 3.07 ms with the L2
 //           alone, 2.71 without sections; those matter again with more heads than that.)
 //   local   one section: a tile streams a window, whatever the length, and long are only the tiles
 //           of sink tokens, which must start first.
 JFA_DEVICE WorkItem ScheduleWork(uint32 index, int num_blocks, int batch, int heads, int unit,
-                                 int64 bytes_per_unit, int l2_bytes, MaskKind mask,
+                                 int64 bytes_per_unit, int section_bytes, MaskKind mask,
                                  int least_tiles = 1024) {
   const int total_units = batch * (heads / unit);
   int units = total_units;
   if (mask != MaskKind::kLocal) {
-    int64 fitting = l2_bytes / 2 / Max(bytes_per_unit, int64{1});
+    int64 fitting = section_bytes / Max(bytes_per_unit, int64{1});
     if (mask == MaskKind::kCausal) {
       fitting = Max(fitting, static_cast<int64>(CeilDiv(least_tiles, num_blocks * unit)));
     }

@@ -87,8 +87,8 @@ struct TilesSm90 {
               item, blocks_per_head, problem.batch, problem.num_heads, problem.group,
               static_cast<int64>(problem.kv_len) * (problem.head_dim + problem.head_dim_v) * 2,
               alike       ? 0
-              : asks_late ? C::kL2Bytes * 2 / 3
-                          : C::kL2Bytes,
+              : asks_late ? C::kL2Bytes / 3
+                          : C::kL2Bytes / 2,
               alike ? MaskKind::kFull : kMask, is_small ? 256 : 1024);
         } else {
           const int head = item - middles;
